@@ -1,0 +1,88 @@
+"""What can go wrong, each with its HTTP status: raised on the server, sent as JSON, raised again on the client."""
+
+import json
+
+
+class LunaError(Exception):
+    """A fault that its reader can act on.
+
+    Args:
+        message: what was wrong, with the offending value.
+        hint: what would be right.
+        retry_after: seconds after which trying again makes sense, or None.
+    """
+
+    status = 500
+    code = "internal"
+
+    def __init__(self, message: str, hint: str = "", retry_after: float | None = None):
+        super().__init__(f"{message} ({hint})" if hint else message)
+        self.message = message
+        self.hint = hint
+        self.retry_after = retry_after
+
+    def to_json(self) -> bytes:
+        body = {"code": self.code, "type": type(self).__name__, "message": self.message, "hint": self.hint}
+        return json.dumps(body).encode()
+
+
+class Malformed(LunaError):
+    """The request cannot be read: not the protocol, a missing tensor, an unknown field."""
+
+    status, code = 400, "malformed"
+
+
+class NotFound(LunaError):
+    """A model, LoRA, job or file that the server does not have."""
+
+    status, code = 404, "not_found"
+
+
+class VersionMismatch(LunaError):
+    """Client and server speak different versions of the protocol."""
+
+    status, code = 409, "version"
+
+
+class TooLarge(LunaError):
+    """More bytes or elements than the server accepts."""
+
+    status, code = 413, "too_large"
+
+
+class Impossible(LunaError):
+    """Readable, but no such thing can be computed: wrong width, NaN sigma, start >= end."""
+
+    status, code = 422, "impossible"
+
+
+class Unavailable(LunaError):
+    """Loading, full or gone; worth trying again after `retry_after` seconds."""
+
+    status, code = 503, "unavailable"
+
+
+class OutOfMemory(LunaError):
+    """The device has no room for this request; a smaller one may fit."""
+
+    status, code = 507, "out_of_memory"
+
+
+class Internal(LunaError):
+    """A fault of the server's own; its log has the traceback."""
+
+
+_BY_CODE = {
+    kind.code: kind
+    for kind in (Malformed, NotFound, VersionMismatch, TooLarge, Impossible, Unavailable, OutOfMemory, Internal)
+}
+
+
+def from_json(body: bytes, retry_after: float | None = None) -> LunaError | None:
+    """The error that `to_json` wrote, or None when `body` is something else (TorchServe's own pages, say)."""
+    try:
+        fields = json.loads(body)
+        kind = _BY_CODE[fields["code"]]
+        return kind(str(fields["message"]), str(fields.get("hint", "")), retry_after)
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,205 @@
+"""Requests and replies. Each is the JSON part of one blob; its docstring lists the tensors that travel beside it.
+
+Shapes use B batch rows, C latent channels, H and W latent height and width, T tokens, D the encoder's width. Any floating
+dtype may be sent; the worker computes in its own and answers in the dtype it computed in.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from protocol import PROTOCOL_VERSION
+from protocol.errors import Impossible, Malformed, VersionMismatch
+
+ContentHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Strength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Request(Message):
+    """What every request has.
+
+    `references` stands for tensors that are not sent: {tensor's name: content hash}. A worker that does not hold one of
+    them answers `Missing`, and the client sends the same request again with those tensors in it.
+    """
+
+    version: int = PROTOCOL_VERSION
+    references: dict[Name, ContentHash] = Field(default_factory=dict, max_length=256)
+
+
+class LoraUse(Message):
+    """One LoRA of a stack: a file on the server by `name`, or patches uploaded earlier by `content` hash.
+
+    strength_patch scales the patch; strength_model scales the weight before the patch is added (ComfyUI's rule).
+    """
+
+    name: Name | None = None
+    content: ContentHash | None = None
+    strength_patch: Strength = 1.0
+    strength_model: Strength = 1.0
+
+
+class UNetForward(Request):
+    """One evaluation of the UNet.
+
+    Tensors: x [B, C, H, W] in the UNet's own space; timesteps [B] (0..999, fractions allowed); context [B, T, D]; y [B, A]
+    where the family has it (SDXL: pooled output and sizes, as ComfyUI computes it); control.{input,middle,output}.N
+    [B, channels, h, w], ControlNet residuals in ComfyUI's order, entries that are None left out.
+    """
+
+    kind: Literal["unet_forward"] = "unet_forward"
+
+
+class UNetOutput(Message):
+    """Tensors: out [B, C, H, W], the predicted noise (or v)."""
+
+    kind: Literal["unet_output"] = "unet_output"
+
+
+class ClipEncode(Request):
+    """Hidden states of one text encoder for token ids.
+
+    Tensors: tokens [N, T] int64; and where textual inversion puts vectors in place of tokens, embeddings [M, D] and
+    embedding_positions [M, 2] int64 (row, column).
+
+    layer: "last" is the output after the final norm; "hidden" the output of layer `layer_index` (as in ComfyUI, -2 is the
+    penultimate), normed when `final_norm`. projected: pooled output through the text projection, where there is one.
+    """
+
+    kind: Literal["clip_encode"] = "clip_encode"
+    encoder: Literal["clip_l", "clip_g"]
+    layer: Literal["last", "hidden"] = "last"
+    layer_index: int | None = Field(default=None, ge=-64, le=63)
+    final_norm: bool = True
+    projected: bool = True
+
+
+class ClipText(Request):
+    """Plain text to conditioning, for callers that do not tokenise: every encoder of the checkpoint, no weights syntax.
+
+    clip_skip counts from the end as in ComfyUI: -1 the last layer, -2 the penultimate; None is the family's own choice.
+    """
+
+    kind: Literal["clip_text"] = "clip_text"
+    texts: list[Annotated[str, StringConstraints(max_length=20_000)]] = Field(min_length=1, max_length=64)
+    clip_skip: int | None = Field(default=None, ge=-24, le=-1)
+
+
+class ClipOutput(Message):
+    """Tensors: hidden [N, T, D] and pooled [N, P] float32 (for `ClipText`, T is 77 per section and encoders stand side by side)."""
+
+    kind: Literal["clip_output"] = "clip_output"
+
+
+class Tiling(Message):
+    """Work tile by tile, blended over `overlap`; both in pixels."""
+
+    tile_size: int = Field(default=512, ge=128, le=4096, multiple_of=8)
+    overlap: int = Field(default=64, ge=0, le=1024, multiple_of=8)
+
+
+class VaeEncode(Request):
+    """Tensors: pixels [B, 3, 8h, 8w] in -1..1."""
+
+    kind: Literal["vae_encode"] = "vae_encode"
+    tiling: Tiling | None = None
+
+
+class VaeDecode(Request):
+    """Tensors: latent [B, C, h, w] as ComfyUI's LATENT holds it (not multiplied by the UNet's scaling factor)."""
+
+    kind: Literal["vae_decode"] = "vae_decode"
+    tiling: Tiling | None = None
+
+
+class VaeOutput(Message):
+    """Tensors: latent [B, C, h, w] (the mode of the posterior) for an encode, pixels [B, 3, 8h, 8w] about -1..1 for a decode."""
+
+    kind: Literal["vae_output"] = "vae_output"
+
+
+class RepositoryIndex(Request):
+    """Asks what the store holds and what is loaded."""
+
+    kind: Literal["repository_index"] = "repository_index"
+
+
+class Worker(Message):
+    """A live worker process of a served model; `state` is loading, ready or failed (then `reason` says why)."""
+
+    pid: int
+    state: Literal["loading", "ready", "failed"]
+    device: str
+    assigned_gpu: int | None = None
+    dtype: str | None = None
+    weights_bytes: int = 0
+    requests: int = 0
+    reason: str = ""
+
+
+class ServedModel(Message):
+    """An archive of the store, and its live workers: none when it is not loaded."""
+
+    name: str
+    role: Literal["unet", "clip", "vae", "repository"]
+    family: str | None = None
+    checkpoint: str | None = None
+    workers: list[Worker] = []
+
+
+class Index(Message):
+    """The reply to `RepositoryIndex`, also as plain JSON."""
+
+    kind: Literal["index"] = "index"
+    protocol_version: int = PROTOCOL_VERSION
+    models: list[ServedModel]
+    loras: list[str] = []
+
+
+class Missing(Message):
+    """The worker does not hold these hashes; send the request again with the tensors themselves."""
+
+    kind: Literal["missing"] = "missing"
+    hashes: list[ContentHash]
+
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+# Pydantic's names for "this cannot be read"; everything else it objects to was read and makes no sense.
+_UNREADABLE = ("extra_forbidden", "missing", "literal_error", "json_invalid")
+
+
+def parse_request(message: dict[str, Any], accepted: tuple[type[AnyRequest], ...]) -> AnyRequest:
+    """The request that `message` spells.
+
+    Raises:
+        VersionMismatch: another protocol version.
+        Malformed: unknown kind or field, missing field, wrong type.
+        Impossible: a value out of its range, or not finite.
+    """
+    version = message.get("version", PROTOCOL_VERSION)
+    if version != PROTOCOL_VERSION:
+        raise VersionMismatch(
+            f"the client speaks protocol version {version!r}, this server {PROTOCOL_VERSION}",
+            "update LunaServe on the older side",
+        )
+    by_kind = {kind.model_fields["kind"].default: kind for kind in accepted}
+    kind = message.get("kind")
+    if not isinstance(kind, str) or kind not in by_kind:
+        raise Malformed(f"unknown kind {kind!r}", f"this model answers {', '.join(sorted(by_kind))}")
+    return validate(by_kind[kind], message)
+
+
+def validate(model: type[BaseModel], fields: dict[str, Any]) -> Any:
+    """`model` built from `fields`, pydantic's first objections told as `Malformed` or `Impossible`."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[:3]
+        told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']} (got {str(e.get('input'))[:80]!r})" for e in first)
+        unreadable = any(e["type"] in _UNREADABLE or e["type"].endswith(("_type", "_parsing")) for e in first)
+        raise (Malformed if unreadable else Impossible)(told, f"see {model.__name__} in docs/protocol.md") from error
