@@ -1,0 +1,180 @@
+"""Single-file checkpoints: which family and parts a safetensors file holds (from its header alone), and its tensors.
+
+The one place for a further family is `_family` and the part tables below it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from handlers.engine.unet_layout import Shapes, UNetLayout
+from protocol.errors import Impossible, Malformed, NotFound
+
+MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_VAE_PREFIXES = ("first_stage_model.", "")
+# {encoder: prefixes under which files keep it}; the tail shows that it is there. OpenCLIP-G has two spellings.
+_CLIP_L = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "")
+_CLIP_G_OPEN = "conditioner.embedders.1.model."
+_CLIP_L_WIDTHS_END = 1280
+_TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One servable part of a file: its tensors are those whose key starts with one of `prefixes`."""
+
+    role: str
+    prefixes: dict[str, str]
+
+    def keys(self, header: Shapes, component: str) -> Iterator[tuple[str, str]]:
+        """(key in the file, key without prefix) of one component ("unet", "vae", "clip_l", "clip_g")."""
+        prefix = self.prefixes[component]
+        return ((key, key[len(prefix) :]) for key in header if key.startswith(prefix))
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a file holds. `family` is "sd15" or "sdxl", or None for a lone VAE, which fits both."""
+
+    family: str | None
+    parts: dict[str, Part]
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor's name: shape} of a safetensors file, none of its tensors read.
+
+    Raises:
+        NotFound: no such file.
+        Malformed: not safetensors, or shorter than its header says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise NotFound(f"there is no file {path}", "give the path of a .safetensors file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            raise Malformed(f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise Malformed(f"{path.name} is not a safetensors file, or its header is cut off", "download it again")
+        try:
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise Malformed(f"the header of {path.name} is corrupt: {error}", "download it again") from error
+    if end != size - 8 - length:
+        raise Malformed(f"{path.name} has {size - 8 - length} bytes of tensors, its header says {end}", "download it again")
+    return shapes
+
+
+def detect(header: Shapes) -> Detected:
+    """Family and parts of a file with these tensors.
+
+    Raises:
+        Malformed: nothing in it can be served; the message says what was looked for.
+    """
+    parts = {part.role: part for part in (_unet(header), _clip(header), _vae(header)) if part}
+    if not parts:
+        some = ", ".join(sorted(header)[:3])
+        raise Malformed(
+            f"found neither UNet, text encoder nor VAE among {len(header)} tensors ({some} ...)",
+            "SD1.5 and SDXL files in the original (LDM, ComfyUI) layout can be served",
+        )
+    return Detected(_family(header, parts), parts)
+
+
+def part_shapes(header: Shapes, part: Part, component: str) -> dict[str, tuple[int, ...]]:
+    """{key without prefix: shape} of one component."""
+    return {short: header[key] for key, short in part.keys(header, component)}
+
+
+def read_tensors(
+    path: Path, part: Part, component: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """One component's tensors on `device`, floating ones as `dtype`.
+
+    The file is mapped, and each tensor goes straight to its place: on the CPU a tensor already of `dtype` stays in the
+    mapping, shared by every process that serves the file.
+    """
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            keys = part.keys(dict.fromkeys(file.keys(), ()), component)
+            return {short: _cast(file.get_tensor(key), dtype) for key, short in keys}
+    except (SafetensorError, OSError) as error:
+        raise Malformed(f"{Path(path).name} cannot be read: {error}", "is the file complete?") from error
+
+
+def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str) -> torch.nn.Module:
+    """Gives a module built on the meta device its weights, without a copy, and freezes it.
+
+    Raises:
+        Malformed: naming tensors that the file lacks, or has too many, or in another shape.
+    """
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise Malformed(f"the {what} does not fit together: {str(error).splitlines()[-1].strip()}") from error
+    if missing or unexpected:
+        told = [f"lacks {', '.join(missing[:3])} ({len(missing)} in all)"] if missing else []
+        told += [f"has unknown tensors {', '.join(unexpected[:3])} ({len(unexpected)} in all)"] if unexpected else []
+        raise Malformed(f"the {what} {' and '.join(told)}", "is the file complete, and of a family that is served?")
+    return module.eval().requires_grad_(False)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _prefix(header: Shapes, prefixes: tuple[str, ...], tail: str) -> str | None:
+    return next((prefix for prefix in prefixes if prefix + tail in header), None)
+
+
+def _unet(header: Shapes) -> Part | None:
+    prefix = _prefix(header, _UNET_PREFIXES, "input_blocks.0.0.weight")
+    return None if prefix is None else Part("unet", {"unet": prefix})
+
+
+def _vae(header: Shapes) -> Part | None:
+    for tail in ("decoder.conv_in.weight", "taesd_decoder.1.weight"):
+        prefix = _prefix(header, _VAE_PREFIXES, tail)
+        if prefix is not None:
+            return Part("vae", {"vae": prefix})
+    return None
+
+
+def _clip(header: Shapes) -> Part | None:
+    encoders = {}
+    prefix = _prefix(header, _CLIP_L, _TOKEN_TABLE)
+    if prefix is not None:
+        narrow = header[prefix + _TOKEN_TABLE][1] < _CLIP_L_WIDTHS_END
+        encoders["clip_l" if narrow else "clip_g"] = prefix
+    if _CLIP_G_OPEN + "token_embedding.weight" in header:
+        encoders["clip_g"] = _CLIP_G_OPEN
+    return Part("clip", encoders) if encoders else None
+
+
+def _family(header: Shapes, parts: dict[str, Part]) -> str | None:
+    if "unet" in parts:
+        layout = UNetLayout.from_shapes(part_shapes(header, parts["unet"], "unet"))
+        families = {(False, False): "sd15", (True, True): "sdxl"}
+        family = families.get((layout.use_linear, layout.adm_channels is not None))
+        if family is None:
+            raise Impossible(
+                f"a UNet with context width {layout.context_dim}, {'linear' if layout.use_linear else 'convolutional'} "
+                f"projections and {'a' if layout.adm_channels else 'no'} vector conditioning is of no known family",
+                "SD1.5 and SDXL can be served",
+            )
+        return family
+    if "clip" in parts:
+        return "sdxl" if "clip_g" in parts["clip"].prefixes else "sd15"
+    return None

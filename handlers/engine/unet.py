@@ -1,0 +1,155 @@
+"""The UNet: diffusers' modules, frozen, run block by block in the original (LDM, ComfyUI) order.
+
+Block by block because ControlNet residuals and step caches enter between blocks, at places that diffusers' own forward
+does not offer. Bit-equal to diffusers' `UNet2DConditionModel` for SD1.x, and to ComfyUI for SDXL too (see `_load`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
+from handlers.engine.unet_layout import UNetLayout
+
+Control = Mapping[str, list[Tensor | None]]
+
+
+class UNet:
+    """A frozen UNet.
+
+    Attributes:
+        model: diffusers' module; its parameters are the base weights and are never written.
+        layout: the structure read from the file.
+        names: {key in the file, without prefix: parameter's name in `model`}.
+        input_blocks, middle_block, output_blocks: modules of each block, in the file's numbering.
+    """
+
+    def __init__(self, model: UNet2DConditionModel, layout: UNetLayout, names: dict[str, str]):
+        self.model = model
+        self.layout = layout
+        self.names = names
+        self.input_blocks = _input_blocks(model)
+        self.middle_block = _middle_block(model)
+        self.output_blocks = _output_blocks(model)
+
+    @classmethod
+    def load(cls, path: Path, part: Part, dtype: torch.dtype, device: torch.device) -> "UNet":
+        """Reads the UNet of a checkpoint straight to `device` as `dtype`.
+
+        Raises:
+            Malformed: the file's tensors do not make a UNet that is known.
+        """
+        shapes = part_shapes(read_header(path), part, "unet")
+        layout = UNetLayout.from_shapes(shapes)
+        names = layout.diffusers_names(shapes)
+        with torch.device("meta"):
+            model = UNet2DConditionModel(**layout.diffusers_config())
+        tensors = read_tensors(path, part, "unet", dtype, device)
+        adopt(model, {names[key]: tensor for key, tensor in tensors.items()}, "UNet")
+        if layout.use_linear:
+            for name, module in model.named_modules():
+                if name.endswith(".proj_in"):
+                    # ComfyUI makes the tokens contiguous here, diffusers does not, and the product's last bits differ.
+                    module.register_forward_pre_hook(_contiguous)
+        return cls(model, layout, names)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.conv_in.weight.device
+
+    def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+        """The time embedding [B, E] of timesteps [B] and, where the family has it, y [B, A]."""
+        embedding = self.model.time_embedding(self.model.time_proj(timesteps).to(self.dtype))
+        return embedding if y is None else embedding + self.model.class_embedding(y)
+
+    def run(self, block: list[nn.Module], h: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+        """One block: h [B, c, h, w] in and out; `size` is the spatial size that an upsampler has to reach."""
+        for module in block:
+            if isinstance(module, ResnetBlock2D):
+                h = module(h, emb)
+            elif isinstance(module, Transformer2DModel):
+                h = module(h, encoder_hidden_states=context, return_dict=False)[0]
+            elif isinstance(module, Upsample2D):
+                h = module(h, output_size=size)
+            else:
+                h = module(h)
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """The output head: norm, SiLU, convolution to [B, C, H, W]."""
+        return self.model.conv_out(self.model.conv_act(self.model.conv_norm_out(h)))
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, control: Control | None = None
+    ) -> Tensor:
+        """The predicted noise (or v) [B, C, H, W].
+
+        Args:
+            x: [B, C, H, W], any H and W.
+            timesteps: [B], 0..999, fractions allowed.
+            context: [B, T, D].
+            y: [B, A], SDXL only.
+            control: residuals in ComfyUI's order: "input" added behind each input block, "middle" behind the middle
+                block, "output" to each skip connection, deepest first. Missing and None entries add nothing.
+        """
+        control = control or {}
+        emb = self.embed(timesteps, y)
+        h, skips = x, []
+        for index, block in enumerate(self.input_blocks):
+            h = _add(self.run(block, h, emb, context), control, "input", index)
+            skips.append(h)
+        h = _add(self.run(self.middle_block, h, emb, context), control, "middle", 0)
+        for index, block in enumerate(self.output_blocks):
+            skip = _add(skips.pop(), control, "output", index)
+            size = skips[-1].shape[2:] if skips else None
+            h = self.run(block, torch.cat((h, skip), dim=1), emb, context, size)
+        return self.head(h)
+
+
+def _add(h: Tensor, control: Control, place: str, index: int) -> Tensor:
+    residuals = control.get(place, ())
+    residual = residuals[index] if index < len(residuals) else None
+    return h if residual is None else h + residual
+
+
+def _contiguous(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _layers(block: nn.Module) -> list[list[nn.Module]]:
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    return [[r] if a is None else [r, a] for r, a in zip(block.resnets, attentions, strict=True)]
+
+
+def _input_blocks(model: UNet2DConditionModel) -> list[list[nn.Module]]:
+    blocks: list[list[nn.Module]] = [[model.conv_in]]
+    for down in model.down_blocks:
+        blocks += _layers(down)
+        blocks += [[sampler] for sampler in down.downsamplers or ()]
+    return blocks
+
+
+def _middle_block(model: UNet2DConditionModel) -> list[nn.Module]:
+    mid = model.mid_block
+    if mid is None:
+        return []
+    first, *rest = mid.resnets
+    return [first, *(module for pair in zip(mid.attentions, rest, strict=True) for module in pair)] if rest else [first]
+
+
+def _output_blocks(model: UNet2DConditionModel) -> list[list[nn.Module]]:
+    blocks: list[list[nn.Module]] = []
+    for up in model.up_blocks:
+        blocks += _layers(up)
+        blocks[-1] += list(up.upsamplers or ())
+    return blocks
