@@ -38,7 +38,9 @@ def unpack(blob: bytes | bytearray | memoryview) -> tuple[dict, dict[str, torch.
     try:
         tensors = load(blob)
     except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        raise Malformed(f"the blob is not safetensors: {error}", "send one safetensors blob, see docs/protocol.md") from error
+        raise Malformed(
+            f"the blob is not safetensors: {error}", "send one safetensors blob, see docs/protocol.md"
+        ) from error
     for name in strided:
         if name in tensors and tensors[name].ndim == 4:
             tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
@@ -56,14 +58,16 @@ def _header(blob: bytes) -> tuple[dict, list[str]]:
     size = int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or size > min(len(blob) - 8, MAX_HEADER_BYTES):
         raise Malformed(
-            f"the blob ends before its header does: {len(blob)} bytes", "send one safetensors blob, see docs/protocol.md"
+            f"the blob ends before its header does: {len(blob)} bytes",
+            "send one safetensors blob, see docs/protocol.md",
         )
     try:
         header = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][METADATA_KEY])
         message, strided = header["message"], header.get("channels_last", [])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Malformed(
-            f"the blob carries no message: {error!r}", f"put the request's JSON into its metadata under '{METADATA_KEY}'"
+            f"the blob carries no message: {error!r}",
+            f"put the request's JSON into its metadata under '{METADATA_KEY}'",
         ) from error
     if not isinstance(message, dict) or not isinstance(strided, list):
         raise Malformed("the blob's message is not an object", 'send {"message": {...}, "channels_last": []}')
@@ -71,8 +75,4 @@ def _header(blob: bytes) -> tuple[dict, list[str]]:
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.ndim == 4
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-        and not tensor.is_contiguous()
-    )
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

@@ -200,6 +200,8 @@ def validate(model: type[BaseModel], fields: dict[str, Any]) -> Any:
         return model.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[:3]
-        told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']} (got {str(e.get('input'))[:80]!r})" for e in first)
+        told = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']} (got {str(e.get('input'))[:80]!r})" for e in first
+        )
         unreadable = any(e["type"] in _UNREADABLE or e["type"].endswith(("_type", "_parsing")) for e in first)
         raise (Malformed if unreadable else Impossible)(told, f"see {model.__name__} in docs/protocol.md") from error

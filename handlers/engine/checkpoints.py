@@ -61,7 +61,9 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     with path.open("rb") as file:
         start = file.read(8)
         if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise Malformed(f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors")
+            raise Malformed(
+                f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
+            )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise Malformed(f"{path.name} is not a safetensors file, or its header is cut off", "download it again")
@@ -73,7 +75,9 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise Malformed(f"the header of {path.name} is corrupt: {error}", "download it again") from error
     if end != size - 8 - length:
-        raise Malformed(f"{path.name} has {size - 8 - length} bytes of tensors, its header says {end}", "download it again")
+        raise Malformed(
+            f"{path.name} has {size - 8 - length} bytes of tensors, its header says {end}", "download it again"
+        )
     return shapes
 
 

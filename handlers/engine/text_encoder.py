@@ -82,7 +82,9 @@ class TextEncoder:
         ids = tokens if vectors is None else tokens.index_put(tuple(vectors[1].T), tokens.new_tensor(0))
         ended = ids == END_TOKEN
         last = torch.where(ended.any(1), ended.int().argmax(1), tokens.shape[1] - 1)
-        hook = None if vectors is None else self.model.embeddings.token_embedding.register_forward_hook(_placing(vectors))
+        hook = (
+            None if vectors is None else self.model.embeddings.token_embedding.register_forward_hook(_placing(vectors))
+        )
         try:
             output = self.model(ids, output_hidden_states=layer is not None)
         finally:
@@ -104,9 +106,13 @@ class TextEncoder:
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= positions:
             raise Impossible(f"tokens have shape {list(tokens.shape)}", f"send [N, T] with T from 1 to {positions}")
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-            raise Impossible(f"token ids reach from {int(tokens.min())} to {int(tokens.max())}", f"send 0 to {vocabulary - 1}")
+            raise Impossible(
+                f"token ids reach from {int(tokens.min())} to {int(tokens.max())}", f"send 0 to {vocabulary - 1}"
+            )
         if layer is not None and not -self.layers <= layer < self.layers:
-            raise Impossible(f"layer {layer} of an encoder with {self.layers}", f"send {-self.layers} to {self.layers - 1}")
+            raise Impossible(
+                f"layer {layer} of an encoder with {self.layers}", f"send {-self.layers} to {self.layers - 1}"
+            )
         if vectors is None:
             return
         embeddings, places = vectors
@@ -116,7 +122,9 @@ class TextEncoder:
             raise Impossible(f"embedding_positions have shape {list(places.shape)}", f"send [{len(embeddings)}, 2]")
         limit = places.new_tensor(tokens.shape)
         if bool((places < 0).any() | (places >= limit).any()):
-            raise Impossible("an embedding's position lies outside the tokens", f"rows and columns below {list(tokens.shape)}")
+            raise Impossible(
+                "an embedding's position lies outside the tokens", f"rows and columns below {list(tokens.shape)}"
+            )
 
 
 def _placing(vectors: tuple[Tensor, Tensor]):

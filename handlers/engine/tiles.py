@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def tiled(image: Tensor, function: Callable[[Tensor], Tensor], tile: int, overlap: int, scale: tuple[int, int]) -> Tensor:
+def tiled(
+    image: Tensor, function: Callable[[Tensor], Tensor], tile: int, overlap: int, scale: tuple[int, int]
+) -> Tensor:
     """`function` over `image` [B, C, H, W] in tiles of at most `tile` x `tile`, neighbours sharing at least `overlap`.
 
     Where tiles overlap their outputs are averaged with weights that fall linearly towards each tile's inner edges.

@@ -72,7 +72,9 @@ class UNet:
         embedding = self.model.time_embedding(self.model.time_proj(timesteps).to(self.dtype))
         return embedding if y is None else embedding + self.model.class_embedding(y)
 
-    def run(self, block: list[nn.Module], h: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+    def run(
+        self, block: list[nn.Module], h: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
+    ) -> Tensor:
         """One block: h [B, c, h, w] in and out; `size` is the spatial size that an upsampler has to reach."""
         for module in block:
             if isinstance(module, ResnetBlock2D):

@@ -193,7 +193,9 @@ def _input_levels(shapes: Shapes) -> tuple[tuple[int, ...], tuple[tuple[int, ...
             break
         index += 1
     if not all(depths):
-        raise Malformed(f"the UNet's input blocks end at {index - 1}, in the middle of a level", "is the file complete?")
+        raise Malformed(
+            f"the UNet's input blocks end at {index - 1}, in the middle of a level", "is the file complete?"
+        )
     return tuple(channels), tuple(map(tuple, depths))
 
 
@@ -207,7 +209,9 @@ def _output_levels(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
             depths.append([])
         index += 1
     if not all(depths):
-        raise Malformed(f"the UNet's output blocks end at {index - 1}, in the middle of a level", "is the file complete?")
+        raise Malformed(
+            f"the UNet's output blocks end at {index - 1}, in the middle of a level", "is the file complete?"
+        )
     return tuple(map(tuple, depths))
 
 

@@ -41,7 +41,9 @@ class VAE:
         shapes = part_shapes(read_header(path), part, "vae")
         tensors = read_tensors(path, part, "vae", dtype, device)
         if "taesd_decoder.1.weight" in shapes:
-            scale, shift = (float(tensors.pop(key, default)) for key, default in (("vae_scale", 1.0), ("vae_shift", 0.0)))
+            scale, shift = (
+                float(tensors.pop(key, default)) for key, default in (("vae_scale", 1.0), ("vae_shift", 0.0))
+            )
             return cls(_tiny(tensors, shapes), scale, shift)
         config = _kl_config(shapes)
         with torch.device("meta"):
@@ -75,7 +77,9 @@ class VAE:
             Impossible: another number of channels.
         """
         if latent.ndim != 4 or latent.shape[1] != self.latent_channels or 0 in latent.shape:
-            raise Impossible(f"latent has shape {list(latent.shape)}", f"this VAE takes [B, {self.latent_channels}, h, w]")
+            raise Impossible(
+                f"latent has shape {list(latent.shape)}", f"this VAE takes [B, {self.latent_channels}, h, w]"
+            )
         if tiling is None:
             return self._decode(latent)
         return tiled(latent, self._decode, tiling.tile_size // SCALE, tiling.overlap // SCALE, (SCALE, 1))
@@ -98,7 +102,10 @@ def _kl_config(shapes: dict[str, tuple[int, ...]]) -> dict:
     while f"encoder.down.0.block.{layers}.conv1.weight" in shapes:
         layers += 1
     if levels != 4 or "encoder.conv_out.weight" not in shapes:
-        raise Malformed(f"the VAE's encoder has {levels} levels", "a complete VAE with 4 levels (8 x 8 pixels a latent) can be served")
+        raise Malformed(
+            f"the VAE's encoder has {levels} levels",
+            "a complete VAE with 4 levels (8 x 8 pixels a latent) can be served",
+        )
     quant = "quant_conv.weight" in shapes
     return {
         "in_channels": 3,
@@ -130,6 +137,8 @@ def _tiny(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> Aut
     for key, tensor in tensors.items():
         side, _, rest = key.partition(".")
         if side not in names or not rest:
-            raise Malformed(f"the VAE has an unknown tensor {key}", "TAESD's layout has taesd_encoder.N and taesd_decoder.N")
+            raise Malformed(
+                f"the VAE has an unknown tensor {key}", "TAESD's layout has taesd_encoder.N and taesd_decoder.N"
+            )
         renamed[names[side](rest)] = tensor
     return adopt(model, renamed, "VAE")
