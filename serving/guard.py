@@ -36,8 +36,8 @@ def end(process: psutil.Popen) -> None:
 
 
 def main(scratch: str, command: list[str]) -> int:
-    # A Ctrl-C or a service manager's SIGTERM may reach every process at once; the guard must outlive the others to clean
-    # up. Not SIG_IGN, because the command would inherit that.
+    # A Ctrl-C or a service manager's SIGTERM may reach every process at once; the guard has to outlive the others to
+    # clean up. Not SIG_IGN, because the command would inherit that.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: None)
     process = psutil.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

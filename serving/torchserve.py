@@ -43,9 +43,9 @@ class Ports:
 class TorchServe:
     """A TorchServe with a model store and a run folder of its own.
 
-    The run folder gets the settings it really runs with (`config.properties`), the tokens (`key_file.json`) and `logs/`.
-    Java's temporary folder, with the unpacked archives and the workers' sockets, is one of the system's, because the path
-    of a Unix socket may not exceed 107 bytes.
+    The run folder gets the settings that it really runs with (`config.properties`), the tokens (`key_file.json`) and
+    `logs/`. Java's temporary folder, with the unpacked archives and the workers' sockets, is one of the system's: the
+    path of a Unix socket may not exceed 107 bytes.
 
     Args:
         settings: TorchServe settings that replace those of `config`.
@@ -161,6 +161,8 @@ class TorchServe:
         return inherited | {
             **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),
             **dict.fromkeys(("LOG_LOCATION", "METRICS_LOCATION"), logs),
+            "LUNA_RUN": str(self.run),
+            "LUNA_MODEL_STORE": str(self.store),
             "HF_HUB_OFFLINE": "1",
         }
 
