@@ -47,7 +47,8 @@ class HandlerSettings(BaseModel):
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype to compute in. As ComfyUI chooses: fp32 on a CPU and for text encoders everywhere (their sums are
         small and the pictures follow them closely), fp16 for a UNet on a GPU, bf16 for a VAE there (SDXL's overflows
-        in fp16).""" if self.dtype != "auto":
+        in fp16)."""
+        if self.dtype != "auto":
             return DTYPES[self.dtype]
         if device.type == "cpu" or self.role == "clip":
             return torch.float32

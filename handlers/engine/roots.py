@@ -42,7 +42,8 @@ class Roots:
     def from_environment(cls, home: Path) -> "Roots":
         """`under(LUNA_HOME or home)`, each folder replaced by its variable LUNA_CHECKPOINTS, LUNA_LORAS,
         LUNA_EMBEDDINGS (lists, separated as PATH is), LUNA_OUTPUT, LUNA_SPOOL, LUNA_RUN or LUNA_MODEL_STORE where that
-        is set.""" roots = cls.under(Path(os.environ.get("LUNA_HOME") or home))
+        is set."""
+        roots = cls.under(Path(os.environ.get("LUNA_HOME") or home))
         changes: dict[str, object] = {}
         for field, default in vars(roots).items():
             value = os.environ.get(f"LUNA_{field.upper()}")
