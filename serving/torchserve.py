@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,11 @@ class Ports:
     grpc_inference: int = 7070
     grpc_management: int = 7071
     workers: int = 9000
+
+    @classmethod
+    def from_first(cls, first: int) -> "Ports":
+        """Three in a row from `first` on for inference, management and metrics, or, for 0, any that are free."""
+        return replace(cls(), inference=first, management=first + 1, metrics=first + 2) if first else cls.free()
 
     @classmethod
     def free(cls) -> "Ports":
@@ -110,9 +116,12 @@ class TorchServe:
             raise
         return self
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait until the server has ended, by itself or not, and return its exit status."""
-        return self._guard.wait(timeout)
+    def wait(self) -> int:
+        """Wait until the server has ended by itself, and return its exit status."""
+        while True:
+            # Windows does not interrupt a wait without a time-out for Ctrl-C.
+            with suppress(subprocess.TimeoutExpired):
+                return self._guard.wait(timeout=0.5)
 
     def stop(self) -> None:
         """End Java and every worker. Safe to call twice."""
