@@ -26,7 +26,7 @@ from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
 KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
 _RENEW_BEFORE = timedelta(seconds=60)
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.3  # TorchServe runs nvidia-smi for every description
 
 
 class Unreachable(Unavailable):
