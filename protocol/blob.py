@@ -22,7 +22,7 @@ MAX_HEADER_BYTES = 4 << 20
 def pack(message: BaseModel, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Serialises `message` and `tensors` (any device, any strides; sent as they lie, row by row) to one blob."""
     strided = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
-    header = {"message": message.model_dump(mode="json", exclude_defaults=True), "channels_last": strided}
+    header = {"message": message.model_dump(mode="json"), "channels_last": strided}
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(flat, metadata={METADATA_KEY: json.dumps(header)})
 

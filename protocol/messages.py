@@ -1,7 +1,7 @@
 """Requests and replies. Each is the JSON part of one blob; its docstring lists the tensors that travel beside it.
 
-Shapes use B batch rows, C latent channels, H and W latent height and width, T tokens, D the encoder's width. Any floating
-dtype may be sent; the worker computes in its own and answers in the dtype it computed in.
+Shapes use B batch rows, C latent channels, H and W latent height and width, T tokens, D the encoder's width. Any
+floating dtype may be sent; the worker computes in its own and answers in the dtype it computed in.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -88,9 +88,10 @@ class StepCacheReport(Message):
 class UNetForward(Request):
     """One evaluation of the UNet.
 
-    Tensors: x [B, C, H, W] in the UNet's own space; timesteps [B] (0..999, fractions allowed); context [B, T, D]; y [B, A]
-    where the family has it (SDXL: pooled output and sizes, as ComfyUI computes it); control.{input,middle,output}.N
-    [B, channels, h, w], ControlNet residuals in ComfyUI's order, entries that are None left out.
+    Tensors: x [B, C, H, W] in the UNet's own space; timesteps [B] (0..999, fractions allowed); context [B, T, D]; y
+    [B, A] where the family has it (SDXL: pooled output and sizes, as ComfyUI computes it);
+    control.{input,middle,output}.N [B, channels, h, w], ControlNet residuals in ComfyUI's order, entries that are None
+    left out.
     """
 
     kind: Literal["unet_forward"] = "unet_forward"
@@ -110,8 +111,9 @@ class ClipEncode(Request):
     Tensors: tokens [N, T] int64; and where textual inversion puts vectors in place of tokens, embeddings [M, D] and
     embedding_positions [M, 2] int64 (row, column).
 
-    layer: "last" is the output after the final norm; "hidden" the output of layer `layer_index` (as in ComfyUI, -2 is the
-    penultimate), normed when `final_norm`. projected: pooled output through the text projection, where there is one.
+    layer: "last" is the output after the final norm; "hidden" the output of layer `layer_index` (as in ComfyUI, -2 is
+    the penultimate), normed when `final_norm`. projected: pooled output through the text projection, where there is
+    one.
     """
 
     kind: Literal["clip_encode"] = "clip_encode"
@@ -134,7 +136,8 @@ class ClipText(Request):
 
 
 class ClipOutput(Message):
-    """Tensors: hidden [N, T, D] and pooled [N, P] float32 (for `ClipText`, T is 77 per section and encoders stand side by side)."""
+    """Tensors: hidden [N, T, D] and pooled [N, P] float32 (for `ClipText`, T is 77 per section and encoders stand
+    side by side)."""
 
     kind: Literal["clip_output"] = "clip_output"
 
@@ -161,7 +164,8 @@ class VaeDecode(Request):
 
 
 class VaeOutput(Message):
-    """Tensors: latent [B, C, h, w] (the mode of the posterior) for an encode, pixels [B, 3, 8h, 8w] about -1..1 for a decode."""
+    """Tensors: latent [B, C, h, w] (the mode of the posterior) for an encode, pixels [B, 3, 8h, 8w] about -1..1 for
+    a decode."""
 
     kind: Literal["vae_output"] = "vae_output"
 
