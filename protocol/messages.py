@@ -253,6 +253,28 @@ class Index(Message):
     loras: list[str] = []
 
 
+class DescribeModel(Request):
+    """Asks what a model of the store is made of; it need not be loaded."""
+
+    kind: Literal["describe_model"] = "describe_model"
+    model: Name
+
+
+class ModelDescription(Message):
+    """What a client has to know of weights that it does not hold.
+
+    fingerprint changes whenever the checkpoint's file does. shapes is {component: {key without prefix: shape}} with the
+    components "unet", "vae", "clip_l", "clip_g". markers are the file's scalar tensors that say how the UNet was
+    trained ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), 0 where the mere presence counts.
+    """
+
+    kind: Literal["model_description"] = "model_description"
+    model: ServedModel
+    fingerprint: ContentHash
+    shapes: dict[str, dict[str, list[int]]]
+    markers: dict[str, float] = {}
+
+
 class Missing(Message):
     """The worker does not hold these hashes; send the request again with the tensors themselves."""
 
