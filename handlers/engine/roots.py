@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from protocol.errors import Malformed, NotFound
 
-MAX_NAME = 255
+MAX_NAME = 255  # bytes, of most file systems
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def confined(root: Path, name: str) -> Path:
     """
     hint = "give a name below it, such as 'styles/ink.safetensors'"
     relative = PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or ":" in name or not name.isprintable() or len(name) > MAX_NAME:
+    if relative.is_absolute() or ":" in name or not name.isprintable():
         raise Malformed(f"{name[:80]!r} leads out of its folder, or is no file name", hint)
+    if len(name.encode()) > MAX_NAME:
+        raise Malformed(f"a name of {len(name.encode())} bytes: {name[:80]!r}", f"names have at most {MAX_NAME}")
     path = (Path(root) / relative).resolve()
     if not path.is_relative_to(Path(root).resolve()):
         raise Malformed(f"{name!r} leads out of its folder", hint)
