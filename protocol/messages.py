@@ -33,8 +33,13 @@ class Request(Message):
 
 
 class LoraUse(Message):
-    """One LoRA of a stack: a file on the server by `name`, or patches uploaded earlier by `content` hash.
+    """One LoRA of a stack: a file on the server by `name`, or tensors of the client's own by `content`.
 
+    name: path relative to a LoRA root, in any sub-folder, with or without ".safetensors".
+    content: `set_hash` of a LoRA file's tensors under the names they have there. They travel beside any request that
+    uses them as "lora.<content>.<name in the file>", and only when the worker answered `Missing` for that hash. Every
+    spelling that a file may use can be sent; a client that holds ComfyUI's patches writes their keys without ".weight"
+    and with the formats' own endings, diffusion_model.input_blocks.1.1.proj_in.lora_up.weight (table: docs/lora.md).
     strength_patch scales the patch; strength_model scales the weight before the patch is added (ComfyUI's rule).
     """
 
@@ -42,6 +47,39 @@ class LoraUse(Message):
     content: ContentHash | None = None
     strength_patch: Strength = 1.0
     strength_model: Strength = 1.0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "LoraUse":
+        if (self.name is None) == (self.content is None):
+            raise ValueError("a LoRA is given either by name or by content")
+        return self
+
+
+Stack = Annotated[list[LoraUse], Field(default_factory=list, max_length=64)]
+
+
+class Patched(Request):
+    """A request to a model whose weights LoRAs patch for this request alone.
+
+    lora is merged into the weights in this order; hook_lora then into the merged and rounded weights (ComfyUI's hooks).
+    """
+
+    lora: Stack
+    hook_lora: Stack
+
+
+class LoraReport(Message):
+    """What became of one LoRA: how many weights it patched, and which of its tensors fit nothing in this model.
+
+    Tensors for the checkpoint's other parts (a text encoder's, asked of the UNet) are not among the unmatched.
+    unmatched_names lists the first 256 of them.
+    """
+
+    name: str | None = None
+    content: str | None = None
+    matched: int
+    unmatched: int = 0
+    unmatched_names: list[str] = []
 
 
 class StepCache(Message):
@@ -85,7 +123,7 @@ class StepCacheReport(Message):
     seconds_saved: float
 
 
-class UNetForward(Request):
+class UNetForward(Patched):
     """One evaluation of the UNet.
 
     Tensors: x [B, C, H, W] in the UNet's own space; timesteps [B] (0..999, fractions allowed); context [B, T, D]; y
@@ -99,13 +137,19 @@ class UNetForward(Request):
 
 
 class UNetOutput(Message):
-    """Tensors: out [B, C, H, W], the predicted noise (or v)."""
+    """Tensors: out [B, C, H, W], the predicted noise (or v).
+
+    lora reports on `lora` and then `hook_lora`, in order; unmerged says that the LoRAs ran beside the weights for want
+    of memory, which deviates from merging them as docs/lora.md states.
+    """
 
     kind: Literal["unet_output"] = "unet_output"
+    lora: list[LoraReport] = []
+    unmerged: bool = False
     step_cache: StepCacheReport | None = None
 
 
-class ClipEncode(Request):
+class ClipEncode(Patched):
     """Hidden states of one text encoder for token ids.
 
     Tensors: tokens [N, T] int64; and where textual inversion puts vectors in place of tokens, embeddings [M, D] and
@@ -124,7 +168,7 @@ class ClipEncode(Request):
     projected: bool = True
 
 
-class ClipText(Request):
+class ClipText(Patched):
     """Plain text to conditioning, for callers that do not tokenise: every encoder of the checkpoint, no weights syntax.
 
     clip_skip counts from the end as in ComfyUI: -1 the last layer, -2 the penultimate; None is the family's own choice.
@@ -140,6 +184,7 @@ class ClipOutput(Message):
     side by side)."""
 
     kind: Literal["clip_output"] = "clip_output"
+    lora: list[LoraReport] = []
 
 
 class Tiling(Message):
@@ -206,6 +251,28 @@ class Index(Message):
     protocol_version: int = PROTOCOL_VERSION
     models: list[ServedModel]
     loras: list[str] = []
+
+
+class DescribeModel(Request):
+    """Asks what a model of the store is made of; it need not be loaded."""
+
+    kind: Literal["describe_model"] = "describe_model"
+    model: Name
+
+
+class ModelDescription(Message):
+    """What a client has to know of weights that it does not hold.
+
+    fingerprint changes whenever the checkpoint's file does. shapes is {component: {key without prefix: shape}} with the
+    components "unet", "vae", "clip_l", "clip_g". markers are the file's scalar tensors that say how the UNet was
+    trained ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), 0 where the mere presence counts.
+    """
+
+    kind: Literal["model_description"] = "model_description"
+    model: ServedModel
+    fingerprint: ContentHash
+    shapes: dict[str, dict[str, list[int]]]
+    markers: dict[str, float] = {}
 
 
 class Missing(Message):
