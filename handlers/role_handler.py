@@ -7,7 +7,7 @@ together run as one, and each gets its own reply or its own error: what one clie
 import logging
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -50,8 +50,11 @@ class Item(Generic[R]):
 
 @dataclass
 class Reply:
+    """A message, its tensors, and by how much this request raises counters that metrics.yaml declares."""
+
     message: Message
     tensors: dict[str, Tensor]
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 class RoleHandler:
@@ -190,6 +193,8 @@ class RoleHandler:
         if not outcome.tensors and isinstance(_body(row), dict):
             context.set_response_content_type(index, "application/json")
             return outcome.message.model_dump_json().encode()
+        for name, amount in outcome.counters.items():
+            context.metrics.add_counter(name, amount)
         context.set_response_content_type(index, "application/octet-stream")
         return blob.pack(outcome.message, outcome.tensors)
 
