@@ -52,14 +52,14 @@ class Transport:
 
     def ask(self, blob: Blob, send: Callable[[Body], Answer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The reply that `send` brings to a blob: its message, and its tensors in memory of their own."""
-        if self._leases:
-            with self._leases.one(blob) as lease:
+        if leases := self._leases:
+            with leases.one(blob) as lease:
                 try:
                     if lease:
                         return lease.read(send(Body(JSON, blob.size, lease.body)))
                 except NoSharedMemory as error:
                     self._leases = None
-                    log.warning("%s cannot map our memory, so HTTP carries all tensors: %s", self._address, error)
+                    log.warning("%s cannot map our memory, so HTTP carries all tensors: %s", self._address, str(error))
         return unpack(send(Body(BLOB, blob.size, blob.pack)).body)
 
 
@@ -129,7 +129,7 @@ class _Leases:
                 lease = lease or _Lease()
                 lease.write(blob)
             except NoSharedMemory as error:
-                log.warning("HTTP carries the tensors of this call: %s", error)
+                log.warning("HTTP carries the tensors of this call: %s", str(error))
                 yield None
             else:
                 yield lease
