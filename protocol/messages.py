@@ -6,13 +6,14 @@ floating dtype may be sent; the worker computes in its own and answers in the dt
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
 
 from protocol import PROTOCOL_VERSION
 from protocol.errors import Impossible, Malformed, VersionMismatch
 
 ContentHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Preset = Literal["quality", "balanced", "fast"]
 Strength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
@@ -81,6 +82,47 @@ class LoraReport(Message):
     unmatched_names: list[str] = []
 
 
+class StepCache(Message):
+    """Lets the server reuse work of a sampling run's earlier steps, and says where in the run this evaluation stands.
+
+    session: one sampling run of one client; a new run takes a new name.
+    step: counts the evaluations that the sampler asks for: 0, 1, 2 ...; a retry repeats its number. Only an evaluation
+        whose number follows the last one, at a lower timestep, can be a hit.
+    conds: one name per row, the conditioning it belongs to. The n-th rows of each name are of the same latent (cond
+        and uncond, say) and hit or miss together.
+    policy, parameters: how to decide and what to reuse, see docs/step_cache.md; first_block, the default, takes
+        residual_threshold and max_consecutive_hits.
+    preset: instead of these, what was tuned for this model and `sampler` (ComfyUI's name; None: what suits them all).
+    start_timestep, end_timestep: reuse only from the one down to the other, both included; None has no bound. Clients
+        map percents with their own model_sampling.
+    """
+
+    session: Name
+    step: int = Field(ge=0)
+    conds: list[Name] = Field(min_length=1, max_length=1024)
+    policy: Name = "first_block"
+    parameters: dict[Name, FiniteFloat] = Field(default_factory=dict, max_length=16)
+    preset: Preset | None = None
+    sampler: Name | None = None
+    start_timestep: FiniteFloat | None = None
+    end_timestep: FiniteFloat | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "StepCache":
+        if None not in (self.start_timestep, self.end_timestep) and self.start_timestep < self.end_timestep:
+            raise ValueError("start_timestep must not be below end_timestep (start_percent below end_percent)")
+        if self.preset and self.model_fields_set & {"policy", "parameters", "start_timestep", "end_timestep"}:
+            raise ValueError("a preset brings its own policy, parameters and window; give the one or the others")
+        return self
+
+
+class StepCacheReport(Message):
+    """What the step cache did: per row, and the seconds it saved against computing every row in full."""
+
+    hits: list[bool]
+    seconds_saved: float
+
+
 class UNetForward(Patched):
     """One evaluation of the UNet.
 
@@ -91,6 +133,7 @@ class UNetForward(Patched):
     """
 
     kind: Literal["unet_forward"] = "unet_forward"
+    step_cache: StepCache | None = None
 
 
 class UNetOutput(Message):
@@ -103,6 +146,7 @@ class UNetOutput(Message):
     kind: Literal["unet_output"] = "unet_output"
     lora: list[LoraReport] = []
     unmerged: bool = False
+    step_cache: StepCacheReport | None = None
 
 
 class ClipEncode(Patched):
@@ -207,6 +251,28 @@ class Index(Message):
     protocol_version: int = PROTOCOL_VERSION
     models: list[ServedModel]
     loras: list[str] = []
+
+
+class DescribeModel(Request):
+    """Asks what a model of the store is made of; it need not be loaded."""
+
+    kind: Literal["describe_model"] = "describe_model"
+    model: Name
+
+
+class ModelDescription(Message):
+    """What a client has to know of weights that it does not hold.
+
+    fingerprint changes whenever the checkpoint's file does. shapes is {component: {key without prefix: shape}} with the
+    components "unet", "vae", "clip_l", "clip_g". markers are the file's scalar tensors that say how the UNet was
+    trained ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), 0 where the mere presence counts.
+    """
+
+    kind: Literal["model_description"] = "model_description"
+    model: ServedModel
+    fingerprint: ContentHash
+    shapes: dict[str, dict[str, list[int]]]
+    markers: dict[str, float] = {}
 
 
 class Missing(Message):

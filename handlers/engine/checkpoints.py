@@ -4,7 +4,7 @@ The one place for a further family is `_family` and the part tables below it.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +116,12 @@ def read_tensors(
             return {short: _cast(file.get_tensor(key), dtype) for key, short in keys}
     except (SafetensorError, OSError) as error:
         raise Malformed(f"{Path(path).name} cannot be read: {error}", "is the file complete?") from error
+
+
+def read_scalars(path: Path, names: Sequence[str]) -> dict[str, float]:
+    """The values of tensors with at most one element; an empty one, which stands for itself, counts as 0."""
+    with safe_open(path, "pt") as file:
+        return {name: float(file.get_tensor(name).sum()) for name in names}
 
 
 def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str) -> torch.nn.Module:
