@@ -70,8 +70,16 @@ def fits(patch: Patch, shape: torch.Size) -> str:
     tensors = {name: tensor.to("meta") for name, tensor in patch.tensors.items()}
     if any(0 in tensor.shape for tensor in tensors.values()):
         return "has rank 0"
+    weight = torch.empty(shape, device="meta")
     try:
-        _add(torch.empty(shape, device="meta"), Patch(patch.kind, tensors, patch.alpha), 1.0)
+        if "dora_scale" in tensors and torch.broadcast_shapes(tensors.pop("dora_scale").shape, shape) != shape:
+            raise ValueError("dora_scale is too large")
+        if patch.kind == "oft":
+            count, side, across = tensors["oft_blocks"].shape
+            if side != across or count * side != shape[0]:
+                raise ValueError(f"it has {count} blocks of {side} x {across}")
+        else:
+            _shaped(tensors["set_weight"] if patch.kind == "set" else _DELTAS[patch.kind](tensors, None)[0], weight)
     except (RuntimeError, ValueError, IndexError) as error:
         return f"does not fit a weight of shape {list(shape)}: {str(error).splitlines()[0]}"
     return ""
@@ -143,7 +151,8 @@ def _lokr(t: dict[str, Tensor], alpha: float | None) -> tuple[Tensor, float]:
     left, right = factors
     if right.ndim == 4:
         left = left[:, :, None, None]
-    return torch.kron(left, right), 1.0 if rank is None else _ratio(alpha, rank)
+    # A product with a core comes permuted, which kron refuses (and ComfyUI then leaves the patch out).
+    return torch.kron(left, right.contiguous()), 1.0 if rank is None else _ratio(alpha, rank)
 
 
 def _diff(t: dict[str, Tensor], _alpha: float | None) -> tuple[Tensor, float]:
