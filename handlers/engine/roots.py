@@ -64,12 +64,13 @@ def confined(root: Path, name: str) -> Path:
     """
     hint = "give a name below it, such as 'styles/ink.safetensors'"
     relative = PurePosixPath(name.replace("\\", "/"))
-    outside = Malformed(f"{name!r} leads out of its folder", "give a name below it, such as 'styles/ink.safetensors'")
-    if relative.is_absolute() or ":" in name or "\0" in name:
-        raise outside
+    if relative.is_absolute() or ":" in name or not name.isprintable():
+        raise Malformed(f"{name[:80]!r} leads out of its folder, or is no file name", hint)
+    if len(name.encode()) > MAX_NAME:
+        raise Malformed(f"a name of {len(name.encode())} bytes: {name[:80]!r}", f"names have at most {MAX_NAME}")
     path = (Path(root) / relative).resolve()
     if not path.is_relative_to(Path(root).resolve()):
-        raise outside
+        raise Malformed(f"{name!r} leads out of its folder", hint)
     return path
 
 
@@ -82,8 +83,7 @@ def find(roots: tuple[Path, ...], name: str, what: str) -> Path:
     """
     paths = [confined(root, name) for root in roots]
     for path in paths:
-        # Not Path.is_file, which raises for names longer than the file system's.
-        if os.path.isfile(path):
+        if path.is_file():
             return path
     places = ", ".join(map(str, roots)) or "no folder at all"
     raise NotFound(f"there is no {what} {name!r}", f"looked in {places}")
