@@ -7,12 +7,13 @@ together run as one, and each gets its own reply or its own error: what one clie
 import logging
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from handlers.engine.lora_overlays import Stack
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.worker_state import WorkerState
@@ -27,10 +28,11 @@ R = TypeVar("R", bound=Request)
 
 @dataclass
 class Item(Generic[R]):
-    """One client's request with its tensors, as they came (on the CPU)."""
+    """One client's request with its tensors, as they came (on the CPU), and the LoRA stack of roles that take one."""
 
     request: R
     tensors: dict[str, Tensor]
+    stack: Stack = field(default_factory=Stack)
 
     def take(self, name: str, ndim: int) -> Tensor:
         """The tensor `name`, which must have `ndim` dimensions.
@@ -69,6 +71,10 @@ class RoleHandler:
     def weights_bytes(self) -> int:
         """Bytes of weights this worker holds."""
         return 0
+
+    def missing(self, item: Item) -> list[str]:
+        """Content hashes, beside those of `references`, that the client has to send first."""
+        return []
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
@@ -134,7 +140,8 @@ class RoleHandler:
             raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = _decode(_body(row))
         request = parse_request(message, self.accepts)
-        missing = []
+        item = Item(request, tensors)
+        missing = self.missing(item)
         for name, key in request.references.items():
             if name in tensors:
                 self.tensors.put(key, tensors[name])
@@ -144,7 +151,6 @@ class RoleHandler:
                 missing.append(key)
         if missing:
             return Reply(Missing(hashes=missing), {})
-        item = Item(request, tensors)
         self.check(item)
         items[index] = item
         return None

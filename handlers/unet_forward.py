@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.lora_names import unet_targets
 from handlers.engine.unet import Control, UNet
-from handlers.role_handler import Item, Reply, RoleHandler
+from handlers.patched_handler import PatchedHandler
+from handlers.role_handler import Item, Reply
 from protocol.errors import Impossible, Malformed
 from protocol.messages import UNetForward, UNetOutput
 
@@ -16,12 +18,13 @@ MAX_ROWS = 64
 _PLACES = ("input", "middle", "output")
 
 
-class UNetHandler(RoleHandler):
+class UNetHandler(PatchedHandler):
     accepts = (UNetForward,)
 
     def load(self) -> None:
         path = self.settings.checkpoint_path()
         self.unet = UNet.load(path, detect(read_header(path)).parts["unet"], self.dtype, self.device)
+        self.take_loras(self.unet.model, unet_targets(self.unet.names))
 
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.unet.model.parameters())
@@ -53,10 +56,13 @@ class UNetHandler(RoleHandler):
                 raise Impossible(f"{name} has shape {list(tensor.shape)}", f"x has {rows} rows, so must {name}")
         _control(item.tensors)
 
+    def rows(self, item: Item[UNetForward]) -> int:
+        return len(item.tensors["x"])
+
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
 
-    def run(self, items: list[Item[UNetForward]]) -> list[Reply]:
+    def run_patched(self, items: list[Item[UNetForward]]) -> list[Reply]:
         joined = {name: self._joined(items, name) for name in items[0].tensors}
         y = joined.get("y")
         out = self.unet.forward(
