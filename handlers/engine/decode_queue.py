@@ -29,7 +29,7 @@ from torch import Tensor
 from handlers.engine.database import open_database, tidy
 from handlers.engine.filenames import inside
 from handlers.engine.job_owner import Owner
-from handlers.engine.job_report import accepted, report
+from handlers.engine.job_report import report
 from handlers.engine.job_store import Claim, JobStore, Limits, LostClaim, NewJob
 from handlers.engine.job_tables import SCHEMA
 from handlers.engine.job_work import Decoded, JobWork, Observe
@@ -86,7 +86,7 @@ class DecodeQueue:
     ):
         spool.mkdir(parents=True, exist_ok=True)
         output.mkdir(parents=True, exist_ok=True)
-        self._output = output
+        self._output = output = output.resolve()
         self._latent = (latent_channels, latent_scale)
         self._observe = observe
         self._records = records
@@ -114,13 +114,12 @@ class DecodeQueue:
         if job.save_mode == "database_store" and self._records is None:
             raise Impossible("this server keeps no records", "choose save_mode daemon, or configure a database")
         files = plan(job, tensors, *self._latent)
-        for file in files:
+        for file in {file.path.parent: file for file in files}.values():
             inside(self._output, file.path)
         blob = pack(job.model_copy(update={"references": {}}), tensors)
         digest = hashlib.blake2b(blob, digest_size=16).hexdigest()
         try:
-            self._store.submit(NewJob(job.job_id, job.client, job.priority, blob, digest, files, warnings(job)))
-            reply = accepted(self._engine, job.job_id)
+            reply = self._store.submit(NewJob(job.job_id, job.client, job.priority, blob, digest, files, warnings(job)))
         except DBAPIError as error:
             raise Unavailable(
                 f"the job cannot be written: {error.orig}", "see to the spool's disk or database", retry_after=10

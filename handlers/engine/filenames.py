@@ -95,23 +95,20 @@ def name_key(path: PurePosixPath) -> str:
 
 
 def inside(root: Path, path: PurePosixPath) -> Path:
-    """`path` under `root`, links followed.
+    """`path` under `root`, which is resolved already; links in `path` are followed.
 
     Raises:
         Malformed: it leads out of the root, through a file, or is too long.
     """
     if len(str(path).encode()) > MAX_PATH_BYTES:
         raise Malformed(f"the path {str(path)[:80]!r}... is too long", f"use at most {MAX_PATH_BYTES} bytes")
-    root = root.resolve()
-    folder = (root / path).parent
-    if not folder.resolve().is_relative_to(root):
+    folder = (root / path.parent).resolve()
+    if not folder.is_relative_to(root):
         raise Malformed(f"the folder {str(path.parent)!r} leads out of the output folder", "remove the link")
-    for parent in (folder, *folder.parents):
-        if parent == root:
-            break
-        if parent.exists() and not parent.is_dir():
-            raise Malformed(f"{str(parent.relative_to(root))!r} is a file, not a folder", "choose another save_path")
-    return folder.resolve() / path.name
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise Malformed(f"{there.name!r} is a file, not a folder", "choose another save_path")
+    return folder / path.name
 
 
 def picture_name(folder: PurePosixPath, stem: str, affix: str, row: int | None, extension: str) -> PurePosixPath:

@@ -7,23 +7,19 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, Engine, Row, and_, func, or_, select
 
 from handlers.engine.job_tables import FILES, JOBS
-from protocol.errors import NotFound
 from protocol.save_job import JobStatus, QueueReport, QueueStatus, SaveAccepted, SavedFile
 
 HOLDS_PAYLOAD = JOBS.c.state.in_(("queued", "running", "dead"))
 _WINDOW = 600.0
 
 
-def accepted(engine: Engine, job_id: str) -> SaveAccepted:
-    """The reply to a job that was accepted, the same however often it is asked for."""
-    with _reading(engine) as db:
-        row = db.execute(select(JOBS).where(JOBS.c.job_id == job_id)).one_or_none()
-        if row is None:
-            raise NotFound(f"there is no job {job_id}", "it was never accepted, or has been purged")
-        paths = db.scalars(select(FILES.c.path).where(FILES.c.number == row.number).order_by(FILES.c.position)).all()
-        return SaveAccepted(
-            job_id=job_id, state=row.state, position=_position(db, row) or 0, files=paths, warnings=row.warnings
-        )
+def accepted(db: Connection, job_id: str) -> SaveAccepted:
+    """The reply to a job that was accepted before."""
+    row = db.execute(select(JOBS).where(JOBS.c.job_id == job_id)).one()
+    paths = db.scalars(select(FILES.c.path).where(FILES.c.number == row.number).order_by(FILES.c.position)).all()
+    return SaveAccepted(
+        job_id=job_id, state=row.state, position=_position(db, row) or 0, files=paths, warnings=row.warnings
+    )
 
 
 def report(engine: Engine, asked: QueueStatus, workers: int) -> QueueReport:
@@ -35,7 +31,7 @@ def report(engine: Engine, asked: QueueStatus, workers: int) -> QueueReport:
         query = query.limit(asked.limit)
         if asked.client is not None:
             query = query.where(JOBS.c.client == asked.client)
-    with _reading(engine) as db:
+    with engine.execution_options(reading=True).connect() as db:
         counts = dict.fromkeys(("queued", "running", "done", "dead", "cancelled"), 0)
         counts |= {
             row.state: row.n for row in db.execute(select(JOBS.c.state, func.count().label("n")).group_by("state"))
@@ -57,10 +53,6 @@ def seconds_per_job(db: Connection) -> float | None:
     """Seconds one job took of the pipeline, the mean of the last twenty; None when none was finished."""
     last = select(JOBS.c.seconds).where(JOBS.c.state == "done").order_by(JOBS.c.finished.desc()).limit(20).subquery()
     return db.scalar(select(func.avg(last.c.seconds)))
-
-
-def _reading(engine: Engine) -> Connection:
-    return engine.execution_options(reading=True).connect()
 
 
 def _position(db: Connection, row: Row) -> int | None:

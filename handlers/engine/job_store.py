@@ -16,13 +16,27 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
-from sqlalchemy import ColumnElement, Connection, Engine, Row, and_, delete, exists, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from handlers.engine.filenames import name_key, numbered
-from handlers.engine.job_report import HOLDS_PAYLOAD, seconds_per_job
+from handlers.engine.job_report import HOLDS_PAYLOAD, accepted, seconds_per_job
 from handlers.engine.job_tables import FILES, JOBS, PAYLOADS, TURNS
 from protocol.errors import Malformed, NotFound, TooLarge, Unavailable
+from protocol.save_job import SaveAccepted
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,19 @@ class StagedFile:
     thumbnail: bytes | None = None
 
 
+# Built once: submitting is what a sampler waits for.
+_WAITS = JOBS.c.state.in_(("queued", "running"))
+_BEFORE = select(
+    select(JOBS.c.digest).where(JOBS.c.job_id == bindparam("id")).scalar_subquery(),
+    select(func.count()).where(_WAITS).scalar_subquery(),
+    select(func.count()).where(JOBS.c.state == "queued", JOBS.c.priority >= bindparam("priority")).scalar_subquery(),
+    select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(HOLDS_PAYLOAD).scalar_subquery(),
+)
+_ADD_JOB, _ADD_PAYLOAD, _ADD_FILE = insert(JOBS), insert(PAYLOADS), insert(FILES)
+_HIGHEST_SUFFIX = select(func.max(FILES.c.suffix)).where(FILES.c.wanted_key == bindparam("key"))
+_RESERVED = select(exists().where(FILES.c.path_key == bindparam("key")))
+
+
 class LostClaim(Exception):
     """The job was cancelled, or another worker has taken it over; what this worker did for it must not be seen."""
 
@@ -114,8 +141,8 @@ class JobStore:
         self._engine = engine
         self._reading = engine.execution_options(reading=True)
 
-    def submit(self, job: NewJob) -> None:
-        """Accepts `job`: when this returns the disk holds it. Does nothing if it was accepted before.
+    def submit(self, job: NewJob) -> SaveAccepted:
+        """Accepts `job`: when this returns the disk holds it. One that was accepted before gets the same reply again.
 
         Raises:
             Malformed: another job has the same id.
@@ -135,48 +162,37 @@ class JobStore:
                 collision = error
         raise Unavailable(f"no name could be reserved: {collision.orig}", "send the job again", retry_after=1)
 
-    def _submit(self, db: Connection, job: NewJob) -> None:
-        known = db.scalar(select(JOBS.c.digest).where(JOBS.c.job_id == job.job_id))
-        if known is not None:
-            if known != job.digest:
+    def _submit(self, db: Connection, job: NewJob) -> SaveAccepted:
+        digest, waiting, ahead, held = db.execute(_BEFORE, {"id": job.job_id, "priority": job.priority}).one()
+        if digest is not None:
+            if digest != job.digest:
                 raise Malformed(f"the id {job.job_id} is another job's", "make a new id for every job")
-            return
-        self._check_room(db, len(job.blob))
-        number = db.execute(
-            insert(JOBS).values(
-                job_id=job.job_id,
-                client=job.client,
-                priority=job.priority,
-                bytes=len(job.blob),
-                digest=job.digest,
-                warnings=list(job.warnings),
-                submitted=time.time(),
-            )
-        ).inserted_primary_key[0]
-        db.execute(insert(PAYLOADS).values(number=number, blob=job.blob))
-        for position, file in enumerate(job.files):
-            values = asdict(file) | self._free_name(db, file.path)
-            db.execute(insert(FILES).values(number=number, position=position, **values))
-
-    def _check_room(self, db: Connection, more: int) -> None:
-        waiting = db.scalar(select(func.count()).where(JOBS.c.state.in_(("queued", "running"))))
-        held = db.scalar(select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(HOLDS_PAYLOAD))
-        if waiting >= self.limits.jobs or held + more > self.limits.bytes:
+            return accepted(db, job.job_id)
+        if waiting >= self.limits.jobs or held + len(job.blob) > self.limits.bytes:
             raise Unavailable(
                 f"the queue is full: {waiting} of {self.limits.jobs} jobs, {held} of {self.limits.bytes} bytes",
                 "wait, or purge dead jobs",
                 retry_after=max(1.0, min(60.0, seconds_per_job(db) or 5.0)),
             )
+        row = {name: getattr(job, name) for name in ("job_id", "client", "priority", "digest", "warnings")}
+        row |= {"bytes": len(job.blob), "submitted": time.time()}
+        number = db.execute(_ADD_JOB, row).inserted_primary_key[0]
+        db.execute(_ADD_PAYLOAD, {"number": number, "blob": job.blob})
+        paths = []
+        for position, file in enumerate(job.files):
+            name = self._free_name(db, file.path)
+            db.execute(_ADD_FILE, {"number": number, "position": position, **asdict(file), **name})
+            paths.append(name["path"])
+        return SaveAccepted(job_id=job.job_id, state="queued", position=ahead, files=paths, warnings=job.warnings)
 
     def _free_name(self, db: Connection, wanted: PurePosixPath) -> dict:
         """`wanted`, or the first numbered form of it that neither a job nor a file has."""
         key = name_key(wanted)
-        highest = db.scalar(select(func.max(FILES.c.suffix)).where(FILES.c.wanted_key == key))
+        highest = db.scalar(_HIGHEST_SUFFIX, {"key": key})
         suffix = 0 if highest is None else highest + 1
         while True:
             path = numbered(wanted, suffix)
-            reserved = db.scalar(select(exists().where(FILES.c.path_key == name_key(path))))
-            if not reserved and not self._is_taken(path):
+            if not db.scalar(_RESERVED, {"key": name_key(path)}) and not self._is_taken(path):
                 return {"path": str(path), "path_key": name_key(path), "wanted_key": key, "suffix": suffix}
             suffix += 1
 

@@ -52,8 +52,10 @@ def plain(text: str) -> str:
     return text.replace("\0", "").encode(errors="replace").decode()
 
 
-def exif(workflow: Mapping[str, str], generation: Mapping[str, str]) -> Image.Exif:
+def exif(workflow: Mapping[str, str], generation: Mapping[str, str]) -> bytes:
     """Model holds the prompt, Make and the tags below it one item each (`key:JSON`), UserComment the rest as JSON."""
+    if not (workflow or generation):
+        return b""
     tags = Image.Exif()
     rest = dict(generation)
     tag = _MAKE
@@ -67,15 +69,15 @@ def exif(workflow: Mapping[str, str], generation: Mapping[str, str]) -> Image.Ex
             rest[key] = text
     if rest:
         tags.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"ASCII\0\0\0" + json.dumps(rest).encode("ascii")
-    return tags
+    return tags.tobytes()
 
 
 def jpeg_exif(workflow: Mapping[str, str], generation: Mapping[str, str]) -> tuple[bytes, str | None]:
     """EXIF that fits a JPEG, and what had to be left out for that, or None."""
-    whole = exif(workflow, generation).tobytes()
+    whole = exif(workflow, generation)
     if len(whole) <= MAX_JPEG_EXIF:
         return whole, None
-    smaller = exif({}, generation).tobytes()
+    smaller = exif({}, generation)
     if len(smaller) <= MAX_JPEG_EXIF:
         return smaller, f"the workflow ({len(whole)} bytes) does not fit into a JPEG's 64 KB: webp and png hold it"
     return b"", f"the metadata ({len(whole)} bytes) does not fit into a JPEG's 64 KB: webp and png hold it"

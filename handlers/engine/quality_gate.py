@@ -6,10 +6,10 @@ import numpy as np
 
 Gate = Literal["disabled", "variance", "edge_density", "both"]
 
-# A deviation of a quarter of the range is that of an ordinary photograph, and a tenth of the pixels on edges likewise.
+# An ordinary photograph deviates by a quarter of the range and has a twentieth of its pixels on edges.
 _FULL_DEVIATION = 0.25
-_FULL_EDGES = 0.1
-_EDGE = 0.1
+_FULL_EDGES = 0.05
+_EDGE = 0.05
 
 
 def quality(picture: np.ndarray, gate: Gate) -> float | None:
@@ -17,7 +17,7 @@ def quality(picture: np.ndarray, gate: Gate) -> float | None:
     disabled.
 
     variance: the standard deviation of the luminance over 0.25. edge_density: the share of pixels whose luminance
-    changes by more than 0.1 to a neighbour below or to the right, over 0.1. both: the smaller of the two.
+    changes by more than 0.05 to a neighbour below or to the right, over 0.05. both: the smaller of the two.
     """
     if gate == "disabled":
         return None
