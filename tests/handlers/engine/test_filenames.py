@@ -22,10 +22,9 @@ from protocol.errors import Malformed
 NASTY = st.one_of(
     st.text(max_size=300),
     st.text(alphabet="./\\:%\0 \n~$-conCON1.", max_size=40),
-    st.sampled_from(
-        ["..", "../../etc/passwd", "C:\\Windows", "\\\\server\\share", "/etc", "nul", "COM¹", "aux.png", "a" * 999]
-        + ["%time:../..%", "%model_path%/../x", "~root", "a/./b", "trailing. ", "\u202egnp.exe", "\ud800", "é" * 200]
-    ),
+    st.sampled_from(["..", "../../etc/passwd", "C:\\Windows", "\\\\server\\share", "/etc", "nul", "COM¹", "aux.png"]),
+    st.sampled_from(["a" * 999, "é" * 200, "%time:../..%", "%model_path%/../x", "~root", "a/./b", "trailing. "]),
+    st.sampled_from(["\u202egnp.exe", "\ud800"]),
 )
 VARIABLES = ("model_name", "model_path", "model_dir", "index", "seed", "width", "height", "batch")
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³")}
@@ -85,8 +84,15 @@ def test_accents_composed_or_not_are_one_name():
 
 @pytest.mark.parametrize(
     ("template", "told"),
-    [("../x", ".."), ("a/../../x", ".."), ("/etc/x", "absolute"), ("C:\\x", "absolute"), ("\\\\host\\x", "absolute")]
-    + [("%nonsense%", "unknown variable"), ("/".join("a" * 40), "folders")],
+    [
+        ("../x", "leaves"),
+        ("a/../../x", "leaves"),
+        ("/etc/x", "absolute"),
+        ("C:\\x", "absolute"),
+        ("\\\\host\\x", "absolute"),
+        ("%nonsense%", "unknown variable"),
+        ("/".join("a" * 40), "folders"),
+    ],
 )
 def test_a_template_that_leads_elsewhere_is_refused(template, told):
     with pytest.raises(Malformed, match=told):

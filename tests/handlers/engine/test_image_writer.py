@@ -45,8 +45,8 @@ def test_png_of_every_level_holds_the_exact_pixels(level, channels):
 
 def test_compression_compresses():
     large = np.tile(a_picture(), (8, 8, 1))
-    stored, *rest = [len(encode(large, *a_job("png", png_compression=level), 0)) for level in (0, 1, 4, 9)]
-    assert stored > 2 * rest[0] and rest == sorted(rest, reverse=True)
+    stored, fast, default = [len(encode(large, *a_job("png", png_compression=level), 0)) for level in (0, 1, 4)]
+    assert stored > 2 * fast > 2 * default
 
 
 def test_pixels_are_rounded_as_comfyui_rounds_them():
