@@ -22,7 +22,7 @@ MAX_HEADER_BYTES = 4 << 20
 def pack(message: BaseModel, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Serialises `message` and `tensors` (any device, any strides; sent as they lie, row by row) to one blob."""
     strided = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
-    header = {"message": message.model_dump(mode="json", exclude_defaults=True), "channels_last": strided}
+    header = {"message": message.model_dump(mode="json"), "channels_last": strided}
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(flat, metadata={METADATA_KEY: json.dumps(header)})
 
@@ -51,6 +51,14 @@ def content_hash(tensor: torch.Tensor) -> str:
     """A name for a tensor's dtype, shape and bytes: 32 hexadecimal digits (BLAKE2b, 128 bits)."""
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def set_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A name for a set of named tensors, whatever their order: 32 hexadecimal digits (BLAKE2b, 128 bits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}\0{content_hash(tensors[name])}\n".encode())
     return digest.hexdigest()
 
 

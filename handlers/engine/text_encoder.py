@@ -74,10 +74,8 @@ class TextEncoder:
             final_norm: whether a layer's output passes the final norm too.
             projected: whether the pooled output passes the text projection.
 
-        Raises:
-            Impossible: ids, positions, widths or a layer that this encoder does not have.
+        What `check` refuses must not come here.
         """
-        self._check(tokens, vectors, layer)
         # The first end token is where CLIP pools; vectors stand in columns whose token id does not count.
         ids = tokens if vectors is None else tokens.index_put(tuple(vectors[1].T), tokens.new_tensor(0))
         ended = ids == END_TOKEN
@@ -101,7 +99,12 @@ class TextEncoder:
                 hidden = self.model.final_layer_norm(hidden)
         return hidden.float(), pooled.float()
 
-    def _check(self, tokens: Tensor, vectors: tuple[Tensor, Tensor] | None, layer: int | None) -> None:
+    def check(self, tokens: Tensor, vectors: tuple[Tensor, Tensor] | None, layer: int | None) -> None:
+        """Whether `encode` can take these.
+
+        Raises:
+            Impossible: ids, positions, widths or a layer that this encoder does not have.
+        """
         positions, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= positions:
             raise Impossible(f"tokens have shape {list(tokens.shape)}", f"send [N, T] with T from 1 to {positions}")

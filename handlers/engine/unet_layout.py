@@ -35,8 +35,8 @@ class UNetLayout:
     """A UNet's structure.
 
     channels: width per resolution level. input_depths / output_depths: per level (output: lowest resolution first), the
-    number of transformer blocks behind each residual block, 0 for none. middle_depth: the same for the middle block, -1 for
-    a lone residual block, -2 for no middle block at all. adm_channels: width of `y`, None without it.
+    number of transformer blocks behind each residual block, 0 for none. middle_depth: the same for the middle block,
+    -1 for a lone residual block, -2 for no middle block at all. adm_channels: width of `y`, None without it.
     """
 
     in_channels: int

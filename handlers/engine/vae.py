@@ -58,28 +58,28 @@ class VAE:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def encode(self, pixels: Tensor, tiling: Tiling | None = None) -> Tensor:
-        """Latent [B, C, H/8, W/8] (the posterior's mode) of pixels [B, 3, H, W] in -1..1.
-
-        Raises:
-            Impossible: not three channels, or sides that are no multiples of 8.
-        """
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Raises `Impossible` unless pixels are [B, 3, H, W] with sides that are multiples of 8."""
         if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side < SCALE or side % SCALE for side in pixels.shape[2:]):
             raise Impossible(f"pixels have shape {list(pixels.shape)}", "send [B, 3, H, W] with H and W multiples of 8")
+        if not len(pixels):
+            raise Impossible("pixels have no rows", "send at least one picture")
+
+    def check_latent(self, latent: Tensor) -> None:
+        """Raises `Impossible` unless latent is [B, C, h, w] with this VAE's C."""
+        if latent.ndim != 4 or latent.shape[1] != self.latent_channels or 0 in latent.shape:
+            raise Impossible(
+                f"latent has shape {list(latent.shape)}", f"this VAE takes [B, {self.latent_channels}, h, w]"
+            )
+
+    def encode(self, pixels: Tensor, tiling: Tiling | None = None) -> Tensor:
+        """Latent [B, C, H/8, W/8] (the posterior's mode) of pixels [B, 3, H, W] in -1..1."""
         if tiling is None:
             return self._encode(pixels)
         return tiled(pixels, self._encode, tiling.tile_size, tiling.overlap, (1, SCALE))
 
     def decode(self, latent: Tensor, tiling: Tiling | None = None) -> Tensor:
-        """Pixels [B, 3, 8h, 8w], about -1..1, not clamped, of latent [B, C, h, w].
-
-        Raises:
-            Impossible: another number of channels.
-        """
-        if latent.ndim != 4 or latent.shape[1] != self.latent_channels or 0 in latent.shape:
-            raise Impossible(
-                f"latent has shape {list(latent.shape)}", f"this VAE takes [B, {self.latent_channels}, h, w]"
-            )
+        """Pixels [B, 3, 8h, 8w], about -1..1, not clamped, of latent [B, C, h, w]."""
         if tiling is None:
             return self._decode(latent)
         return tiled(latent, self._decode, tiling.tile_size // SCALE, tiling.overlap // SCALE, (SCALE, 1))

@@ -1,0 +1,207 @@
+"""What the four roles share: TorchServe's entry points, decoding, batching and errors.
+
+TorchServe hands over requests of several clients in one call. Each is decoded and checked alone, those that fit
+together run as one, and each gets its own reply or its own error: what one client sends never fails another's request.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from handlers.engine.tensor_cache import TensorCache
+from handlers.settings import HandlerSettings
+from handlers.worker_state import WorkerState
+from protocol import blob
+from protocol.errors import Impossible, Internal, LunaError, Malformed, OutOfMemory, Unavailable
+from protocol.messages import Message, Missing, Request, Worker, parse_request
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Request)
+
+
+@dataclass
+class Item(Generic[R]):
+    """One client's request with its tensors, as they came (on the CPU)."""
+
+    request: R
+    tensors: dict[str, Tensor]
+
+    def take(self, name: str, ndim: int) -> Tensor:
+        """The tensor `name`, which must have `ndim` dimensions.
+
+        Raises:
+            Malformed: it was not sent.
+            Impossible: it has other dimensions.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            sent = ", ".join(sorted(self.tensors)) or "none"
+            raise Malformed(f"the tensor {name!r} is missing", f"sent were: {sent}")
+        if tensor.ndim != ndim:
+            raise Impossible(f"{name} has shape {list(tensor.shape)}", f"it needs {ndim} dimensions")
+        return tensor
+
+
+@dataclass
+class Reply:
+    message: Message
+    tensors: dict[str, Tensor]
+
+
+class RoleHandler:
+    """A TorchServe handler for one role; subclasses say what they accept, load and run."""
+
+    accepts: tuple[type[Request], ...] = ()
+    settings_type: type[HandlerSettings] = HandlerSettings
+
+    # What a role defines
+
+    def load(self) -> None:
+        """Loads what the role serves; `self.settings`, `self.device` and `self.dtype` are set."""
+        raise NotImplementedError
+
+    def weights_bytes(self) -> int:
+        """Bytes of weights this worker holds."""
+        return 0
+
+    def check(self, item: Item) -> None:
+        """Raises what is wrong with this request before it may join others."""
+
+    def group_key(self, item: Item) -> Hashable:
+        """Requests with equal keys run together; by default each alone."""
+        return id(item)
+
+    def run(self, items: list[Item]) -> list[Reply]:
+        """Replies to requests of one group, in their order."""
+        raise NotImplementedError
+
+    # TorchServe's entry points
+
+    def initialize(self, context) -> None:
+        """Loads the model. Never raises, because TorchServe would keep restarting the worker and tell no client why:
+        the reason is kept, and every request is answered with it."""
+        self.failure: Exception | None = None
+        self.state: WorkerState | None = None
+        try:
+            self._set_up(context)
+            self.load()
+            self.state.update(now=True, state="ready", weights_bytes=self.weights_bytes())
+        except Exception as error:
+            log.exception("%s did not start", context.model_name)
+            self.failure = error
+            if self.state:
+                self.state.update(now=True, state="failed", reason=str(error))
+
+    def handle(self, data: list[dict[str, Any]], context) -> list[bytes]:
+        """One reply per row of `data`."""
+        outcomes: list[Reply | LunaError | None] = [None] * len(data)
+        items: dict[int, Item] = {}
+        with torch.inference_mode():
+            for index, row in enumerate(data):
+                outcomes[index] = self._guarded(lambda row=row, index=index: self._admit(row, index, items))
+            for indices in self._groups(items):
+                self._run_group(indices, items, outcomes)
+        if self.state:
+            self.state.update(requests=self.state.record.worker.requests + len(data))
+        return [
+            self._encode(outcome, row, context, i) for i, (outcome, row) in enumerate(zip(outcomes, data, strict=True))
+        ]
+
+    # Their steps
+
+    def _set_up(self, context) -> None:
+        gpu = context.system_properties.get("gpu_id")
+        assigned = None if gpu is None else int(gpu)
+        # A server can be told of GPUs that are not there, to try out an assignment: it then runs on the CPU.
+        cuda = assigned is not None and torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{assigned}") if cuda else torch.device("cpu")
+        self.settings = self.settings_type.model_validate(context.model_yaml_config["handler"])
+        self.dtype = self.settings.compute_dtype(self.device)
+        self.tensors = TensorCache(self.settings.tensor_cache_mb << 20)
+        worker = Worker(
+            pid=os.getpid(), state="loading", device=str(self.device), assigned_gpu=assigned, dtype=str(self.dtype)[6:]
+        )
+        self.state = WorkerState(self.settings.roots.run, context.model_name, worker)
+
+    def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
+        if self.failure is not None:
+            raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
+        message, tensors = _decode(_body(row))
+        request = parse_request(message, self.accepts)
+        missing = []
+        for name, key in request.references.items():
+            if name in tensors:
+                self.tensors.put(key, tensors[name])
+            elif (kept := self.tensors.get(key)) is not None:
+                tensors[name] = kept
+            else:
+                missing.append(key)
+        if missing:
+            return Reply(Missing(hashes=missing), {})
+        item = Item(request, tensors)
+        self.check(item)
+        items[index] = item
+        return None
+
+    def _groups(self, items: dict[int, Item]) -> list[list[int]]:
+        groups: dict[Hashable, list[int]] = {}
+        for index, item in items.items():
+            groups.setdefault(self.group_key(item), []).append(index)
+        return list(groups.values())
+
+    def _run_group(self, indices: list[int], items: dict[int, Item], outcomes: list) -> None:
+        replies = self._guarded(lambda: self.run([items[index] for index in indices]))
+        if isinstance(replies, LunaError) and len(indices) > 1:
+            # Together they failed: alone, only those at fault do.
+            for index in indices:
+                self._run_group([index], items, outcomes)
+        elif isinstance(replies, LunaError):
+            outcomes[indices[0]] = replies
+        else:
+            for index, reply in zip(indices, replies, strict=True):
+                outcomes[index] = reply
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, or the LunaError that it came to."""
+        try:
+            return call()
+        except LunaError as error:
+            return error
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            return OutOfMemory(f"{self.device} has no memory left for this: {error}", "a smaller size or batch may fit")
+        except Exception as error:
+            log.exception("a request failed")
+            return Internal(f"{type(error).__name__}: {error}", "the server's log has the whole story")
+
+    def _encode(self, outcome: Reply | LunaError, row: dict[str, Any], context, index: int) -> bytes:
+        if isinstance(outcome, LunaError):
+            context.set_response_content_type(index, "application/json")
+            context.set_response_status(outcome.status, type(outcome).__name__, index)
+            if outcome.retry_after is not None:
+                context.set_response_header(index, "Retry-After", str(max(1, round(outcome.retry_after))))
+            return outcome.to_json()
+        if not outcome.tensors and isinstance(_body(row), dict):
+            context.set_response_content_type(index, "application/json")
+            return outcome.message.model_dump_json().encode()
+        context.set_response_content_type(index, "application/octet-stream")
+        return blob.pack(outcome.message, outcome.tensors)
+
+
+def _body(row: dict[str, Any]) -> Any:
+    return row.get("body", row.get("data"))
+
+
+def _decode(body: Any) -> tuple[dict, dict[str, Tensor]]:
+    """A blob, or, from callers that send no tensors, the message as plain JSON (which TorchServe has parsed)."""
+    if isinstance(body, dict):
+        return body, {}
+    if isinstance(body, bytes | bytearray):
+        return blob.unpack(body)
+    raise Malformed("the request has no body", "send a safetensors blob, or JSON with Content-Type: application/json")

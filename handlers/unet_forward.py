@@ -1,0 +1,89 @@
+"""Serves a UNet: `UNetForward` in, `UNetOutput` out."""
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.unet import Control, UNet
+from handlers.role_handler import Item, Reply, RoleHandler
+from protocol.errors import Impossible, Malformed
+from protocol.messages import UNetForward, UNetOutput
+
+MAX_LATENT_POSITIONS = 1024 * 1024  # 8192 x 8192 pixels a row
+MAX_ROWS = 64
+_PLACES = ("input", "middle", "output")
+
+
+class UNetHandler(RoleHandler):
+    accepts = (UNetForward,)
+
+    def load(self) -> None:
+        path = self.settings.checkpoint_path()
+        self.unet = UNet.load(path, detect(read_header(path)).parts["unet"], self.dtype, self.device)
+
+    def weights_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.unet.model.parameters())
+
+    def check(self, item: Item[UNetForward]) -> None:
+        x, timesteps, context = item.take("x", 4), item.take("timesteps", 1), item.take("context", 3)
+        layout = self.unet.layout
+        rows, channels, *sides = x.shape
+        if channels != layout.in_channels:
+            raise Impossible(f"x has {channels} channels", f"this UNet takes {layout.in_channels}")
+        if not 1 <= rows <= MAX_ROWS or 0 in sides or sides[0] * sides[1] > MAX_LATENT_POSITIONS:
+            raise Impossible(f"x has shape {list(x.shape)}", f"send 1 to {MAX_ROWS} rows of at most 1024 x 1024")
+        if context.shape[2] != layout.context_dim or not context.shape[1]:
+            raise Impossible(
+                f"context has shape {list(context.shape)}", f"this UNet takes [B, T, {layout.context_dim}]"
+            )
+        if not bool(torch.isfinite(timesteps).all()):
+            raise Impossible(f"timesteps are {timesteps.tolist()}", "every one must be a finite number")
+        sent = {"timesteps": timesteps, "context": context}
+        if layout.adm_channels is not None:
+            sent["y"] = item.take("y", 2)
+            if sent["y"].shape[1] != layout.adm_channels:
+                raise Impossible(f"y has width {sent['y'].shape[1]}", f"this UNet takes {layout.adm_channels}")
+        elif "y" in item.tensors:
+            raise Impossible("y was sent to a UNet without vector conditioning", "send y to SDXL models only")
+        sent |= {name: tensor for name, tensor in item.tensors.items() if name.startswith("control.")}
+        for name, tensor in sent.items():
+            if not tensor.ndim or len(tensor) != rows:
+                raise Impossible(f"{name} has shape {list(tensor.shape)}", f"x has {rows} rows, so must {name}")
+        _control(item.tensors)
+
+    def group_key(self, item: Item[UNetForward]) -> Hashable:
+        return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
+
+    def run(self, items: list[Item[UNetForward]]) -> list[Reply]:
+        joined = {name: self._joined(items, name) for name in items[0].tensors}
+        y = joined.get("y")
+        out = self.unet.forward(
+            joined["x"].to(self.dtype),
+            joined["timesteps"].float(),
+            joined["context"].to(self.dtype),
+            None if y is None else y.to(self.dtype),
+            _control(joined),
+        )
+        parts = out.cpu().split([len(item.tensors["x"]) for item in items])
+        return [Reply(UNetOutput(), {"out": part}) for part in parts]
+
+    def _joined(self, items: list[Item], name: str) -> Tensor:
+        tensors = [item.tensors[name].to(self.device) for item in items]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _control(tensors: dict[str, Tensor]) -> Control:
+    """{place: residuals by index} from tensors named control.PLACE.INDEX."""
+    control: dict[str, list[Tensor | None]] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith("control."):
+            continue
+        _, place, index = [*name.split("."), "", ""][:3]
+        if place not in _PLACES or not index.isdecimal() or len(index) > 2:
+            raise Malformed(f"a tensor is called {name!r}", f"control residuals are control.{{{','.join(_PLACES)}}}.N")
+        residuals = control.setdefault(place, [])
+        residuals += [None] * (int(index) + 1 - len(residuals))
+        residuals[int(index)] = tensor
+    return control
