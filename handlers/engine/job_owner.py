@@ -4,6 +4,7 @@ Safer than process ids, which are used again and differ between containers.
 """
 
 import secrets
+from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,39 +12,50 @@ from filelock import FileLock, Timeout
 
 
 class Owner:
-    """This process among those that share the folder `folder`, for as long as it lives or until `release`."""
+    """This worker among those that share the folder `folder`, for as long as its process lives or until `release`."""
 
     def __init__(self, folder: Path):
         self.id = secrets.token_hex(8)
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._lock_of(self.id)
+        self._lock = _lock(folder / f"{self.id}.lock")
         self._lock.acquire()
 
     def is_dead(self, owner: str) -> bool:
         """True when `owner` has died on this machine; one of another machine is not seen, its lease has to expire."""
-        if owner == self.id or not self._path(owner).exists():
-            return False
-        try:
-            with self._lock_of(owner).acquire(timeout=0):
-                return True
-        except Timeout:
-            return False
+        path = self._folder / f"{owner}.lock"
+        return owner != self.id and path.exists() and not _is_held(path)
 
-    def forget(self, owner: str) -> None:
-        """Removes the lock file of a dead owner that has no jobs left."""
-        with suppress(OSError):
-            self._path(owner).unlink()
-
-    def others(self) -> list[str]:
-        return [path.stem for path in self._folder.glob("*.lock") if path.stem != self.id]
+    def forget_dead(self, needed: Set[str]) -> None:
+        """Removes the lock files of dead owners, but for those `needed` to tell whose jobs are free."""
+        for path in self._folder.glob("*.lock"):
+            if path.stem not in needed and self.is_dead(path.stem):
+                _remove(path)
 
     def release(self) -> None:
         self._lock.release()
-        self.forget(self.id)
+        _remove(self._folder / f"{self.id}.lock")
 
-    def _path(self, owner: str) -> Path:
-        return self._folder / f"{owner}.lock"
 
-    def _lock_of(self, owner: str) -> FileLock:
-        return FileLock(self._path(owner), thread_local=False)
+def count_living(folder: Path) -> int:
+    """Workers that share the folder just now."""
+    return sum(_is_held(path) for path in folder.glob("*.lock"))
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with _lock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock(path: Path) -> FileLock:
+    # Any thread of the process may release it; and each probe is an object of its own, so that it really asks.
+    return FileLock(path, thread_local=False)
+
+
+def _remove(path: Path) -> None:
+    # On Windows a file that somebody probes just now stays until the next time.
+    with suppress(OSError):
+        path.unlink()

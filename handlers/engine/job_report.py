@@ -59,7 +59,7 @@ def _position(db: Connection, row: Row) -> int | None:
     if row.state != "queued":
         return None
     ahead = or_(JOBS.c.priority > row.priority, and_(JOBS.c.priority == row.priority, JOBS.c.number < row.number))
-    return db.scalar(select(func.count()).where(JOBS.c.state == "queued", ahead))
+    return db.scalar(select(func.count()).where(JOBS.c.state == "queued", JOBS.c.model == row.model, ahead))
 
 
 def _status(db: Connection, row: Row, thumbnails: bool) -> JobStatus:

@@ -77,9 +77,11 @@ class NewFile:
 
 @dataclass(frozen=True)
 class NewJob:
-    """A job to accept: `blob` holds all it needs, `digest` tells it from another of the same id."""
+    """A job to accept for the workers of `model`: `blob` holds all it needs, `digest` tells it from another of its
+    id."""
 
     job_id: str
+    model: str
     client: str
     priority: int
     blob: bytes
@@ -163,7 +165,9 @@ class JobStore:
         raise Unavailable(f"no name could be reserved: {collision.orig}", "send the job again", retry_after=1)
 
     def _submit(self, db: Connection, job: NewJob) -> SaveAccepted:
-        digest, waiting, ahead, held = db.execute(_BEFORE, {"id": job.job_id, "priority": job.priority}).one()
+        digest, waiting, ahead, held = db.execute(
+            _BEFORE, {"id": job.job_id, "model": job.model, "priority": job.priority}
+        ).one()
         if digest is not None:
             if digest != job.digest:
                 raise Malformed(f"the id {job.job_id} is another job's", "make a new id for every job")
@@ -174,7 +178,7 @@ class JobStore:
                 "wait, or purge dead jobs",
                 retry_after=max(1.0, min(60.0, seconds_per_job(db) or 5.0)),
             )
-        row = {name: getattr(job, name) for name in ("job_id", "client", "priority", "digest", "warnings")}
+        row = {name: getattr(job, name) for name in ("job_id", "model", "client", "priority", "digest", "warnings")}
         row |= {"bytes": len(job.blob), "submitted": time.time()}
         number = db.execute(_ADD_JOB, row).inserted_primary_key[0]
         db.execute(_ADD_PAYLOAD, {"number": number, "blob": job.blob})
@@ -196,9 +200,10 @@ class JobStore:
                 return {"path": str(path), "path_key": name_key(path), "wanted_key": key, "suffix": suffix}
             suffix += 1
 
-    def claim(self, owner: str) -> Claim | None:
-        """The next job: begun ones first, then by priority, then the client whose turn it is, then the oldest."""
-        ready = and_(JOBS.c.state == "queued", JOBS.c.not_before <= time.time())
+    def claim(self, owner: str, model: str) -> Claim | None:
+        """The next job of `model`: begun ones first, then by priority, then the client whose turn it is, then the
+        oldest."""
+        ready = and_(JOBS.c.state == "queued", JOBS.c.model == model, JOBS.c.not_before <= time.time())
         with self._reading.connect() as db:
             if not db.scalar(select(exists().where(ready))):
                 return None
@@ -333,8 +338,8 @@ class JobStore:
             mine = and_(JOBS.c.number == row.number, JOBS.c.claim == row.claim, JOBS.c.owner == row.owner)
             return bool(db.execute(update(JOBS).where(mine).values(**values)).rowcount)
 
-    def cancel(self, job_id: str) -> Row:
-        """Cancels a job that is not staged; the row as it was.
+    def cancel(self, job_id: str) -> None:
+        """Cancels a job that is not staged. Its owner, or who takes over from that, removes what it has on disk.
 
         Raises:
             NotFound: no such job.
@@ -342,22 +347,14 @@ class JobStore:
         """
         with self._engine.begin() as db:
             row = self._find(db, job_id)
-            cancelled = db.execute(
-                update(JOBS)
-                .where(
-                    JOBS.c.number == row.number,
-                    JOBS.c.state.in_(("queued", "running", "dead")),
-                    JOBS.c.staged.is_(False),
-                )
-                .values(state="cancelled", finished=time.time(), reason="cancelled")
-            )
-            if not cancelled.rowcount:
+            may = and_(JOBS.c.state.in_(("queued", "running", "dead")), JOBS.c.staged.is_(False))
+            cancelled = update(JOBS).where(JOBS.c.number == row.number, may)
+            if not db.execute(cancelled.values(state="cancelled", finished=time.time(), reason="cancelled")).rowcount:
                 raise Malformed(
-                    f"the job is {'being put in place' if row.state in ('queued', 'running') else row.state}",
+                    f"the job is {'being put in place' if row.staged and row.state != 'done' else row.state}",
                     "only jobs that wait, run or are dead can be cancelled",
                 )
             db.execute(delete(PAYLOADS).where(PAYLOADS.c.number == row.number))
-            return row
 
     def retry(self, job_id: str) -> None:
         """Puts a dead job back with a fresh count of attempts.

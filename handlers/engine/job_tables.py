@@ -24,6 +24,8 @@ JOBS = Table(
     SCHEMA,
     Column("number", _Number, primary_key=True),
     Column("job_id", String(64), nullable=False, unique=True),
+    # Which VAE decodes it.
+    Column("model", String(255), nullable=False),
     Column("client", String(64), nullable=False),
     Column("priority", Integer, nullable=False),
     Column("state", String(9), nullable=False, default="queued"),
@@ -40,7 +42,7 @@ JOBS = Table(
     Column("submitted", Double, nullable=False),
     Column("finished", Double),
     Column("seconds", Double),
-    Index("luna_jobs_order", "state", "priority", "number"),
+    Index("luna_jobs_order", "state", "model", "priority", "number"),
     # A number that was purged must not name another job: an owner that slept through the purge would take it for its
     # own.
     sqlite_autoincrement=True,

@@ -43,7 +43,7 @@ class Decoded:
 
 
 class JobWork:
-    """The steps from a claim to complete files under `output`; see `DecodeQueue` for the arguments."""
+    """The steps from a claim to complete files under `output`; see `DecodeWorker` for the arguments."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class JobWork:
         output: Path,
         decode: Callable[[Tensor], Tensor],
         encoders: Executor,
-        records: PictureRecords | None,
+        records: PictureRecords,
         watcher: Watcher | None,
         observe: Observe,
     ):
@@ -126,7 +126,7 @@ class JobWork:
             self._take_back(files)
             self._store.unstage(claim)
             raise FileVanished(str(error)) from error
-        recorded = self._records is not None and job.save_mode == "database_store"
+        recorded = job.save_mode == "database_store"
         if recorded:
             self._record(claim, job)
         self._store.finish(claim, seconds)

@@ -1,9 +1,10 @@
-"""Runs a decode queue and kills it with SIGKILL before its n-th step that reaches the disk, for every n; run as a script.
+"""Runs a decode queue and kills it with SIGKILL before its n-th step that reaches the disk, for every n; run as a
+script.
 
-A step is a call of one of the C functions below, counted over all threads of the queue: between two of them nothing that
-another process could see changes. Each run is a fork of one process that has imported everything.
+A step is a call of one of the C functions below, counted over all threads of the queue: between two of them nothing
+that another process could see changes. Each run is a fork of one process that has imported everything.
 
-    python -m tests.handlers.engine.kill_points FOLDER     prints one JSON object
+    python -m tests.handlers.engine.kill_points FOLDER FIRST STRIDE     prints one JSON object
 """
 
 import json
@@ -15,13 +16,14 @@ import time
 from pathlib import Path
 
 from handlers.engine.decode_queue import DecodeQueue
+from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.job_store import Limits
 from handlers.engine.picture_records import PictureRecords
 from protocol.save_job import QueueStatus, SaveJob
 from tests.handlers.engine.save_jobs import a_job, check_complete, decode, files_under, latents
 
 STEPS = {"fsync", "link", "unlink", "mkdir", "write", "commit"}
-MAX_STEPS = {"fsync", "link", "unlink", "mkdir", "write", "commit"}
+MAX_STEPS = 1000
 
 
 class Killer:
@@ -45,21 +47,22 @@ def jobs_of(first: str) -> list[SaveJob]:
     ]
 
 
-def open_queue(home: Path) -> DecodeQueue:
+def open_queue(home: Path) -> tuple[DecodeQueue, DecodeWorker]:
+    queue = DecodeQueue(home / "spool", home / "output", Limits(attempts=3, backoff=0.01))
     records = PictureRecords(f"sqlite:///{home / 'pictures.sqlite3'}")
-    return DecodeQueue(home / "spool", home / "output", decode, records=records, limits=Limits(attempts=3, backoff=0.01))
+    return queue, DecodeWorker(queue, decode, records=records)
 
 
 def submit_and_work(home: Path, jobs: list[SaveJob], told: int) -> None:
     """Writes the ids of accepted jobs to `told`, then works until all are done."""
-    queue = open_queue(home)
+    queue, worker = open_queue(home)
     for job in jobs:
         queue.submit(job, latents(job, seed=int(job.job_id[-1])))
         os.write(told, f"{job.job_id}\n".encode())
-    queue.start()
+    worker.start()
     while queue.report(QueueStatus()).counts["done"] < len(jobs):
         time.sleep(0.005)
-    queue.stop()
+    worker.stop()
 
 
 def in_a_fork(work, *arguments) -> int:
@@ -84,8 +87,8 @@ def killed_run(home: Path, jobs: list[SaveJob], last: int, told: int) -> None:
 
 def check(home: Path, accepted: list[str], jobs: list[SaveJob]) -> None:
     """Whatever the killed run left, the next worker makes of it what was accepted and nothing else."""
-    queue = open_queue(home)
-    queue.start()
+    queue, worker = open_queue(home)
+    worker.start()
     until = time.monotonic() + 60
     while (report := queue.report(QueueStatus())).counts["queued"] + report.counts["running"]:
         assert time.monotonic() < until, report
@@ -102,14 +105,14 @@ def check(home: Path, accepted: list[str], jobs: list[SaveJob]) -> None:
         check_complete(home / "output", status)
     expected = {file.path for status in statuses for file in status.files}
     assert files_under(home / "output") == expected, files_under(home / "output") ^ expected
-    queue.stop()
+    worker.stop()
     with PictureRecords(f"sqlite:///{home / 'pictures.sqlite3'}")._engine.connect() as db:
         rows = db.exec_driver_sql("SELECT path, sha256 FROM luna_pictures").all()
     assert sorted(rows) == sorted((file.path, file.sha256) for status in statuses for file in status.files)
 
 
-def main(folder: Path, stride: int) -> None:
-    failures, killed, last = [], 0, 0
+def main(folder: Path, last: int, stride: int) -> None:
+    failures, killed = [], 0
     while last < MAX_STEPS:
         home = folder / f"step{last:04d}"
         home.mkdir()
@@ -129,4 +132,4 @@ def main(folder: Path, stride: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

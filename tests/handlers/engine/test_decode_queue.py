@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from handlers.engine.decode_queue import DecodeQueue
+from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.job_store import Limits
+from handlers.engine.picture_records import PictureRecords
 from protocol.errors import Impossible, Malformed, TooLarge, Unavailable
 from protocol.save_job import CancelJobs, Heatmap, PictureGroup, PurgeJobs, QueueStatus, RetryJobs
 from tests.handlers.engine.save_jobs import a_job, check_complete, decode, files_under, latents, wait_for
@@ -18,19 +20,23 @@ from tests.handlers.engine.save_jobs import a_job, check_complete, decode, files
 
 @pytest.fixture
 def make_queue(tmp_path):
-    """Makes queues on one spool and one output folder, and stops them."""
-    queues = []
+    """Makes queues on one spool and one output folder, each with a worker, and ends them."""
+    made = []
 
-    def make(decode=decode, start=True, **options) -> DecodeQueue:
-        queue = DecodeQueue(tmp_path / "spool", tmp_path / "output", decode, **options)
-        queues.append((queue, start))
+    def make(decode=decode, start=True, limits=None, **options) -> tuple[DecodeQueue, DecodeWorker]:
+        queue = DecodeQueue(tmp_path / "spool", tmp_path / "output", limits)
+        records = PictureRecords(f"sqlite:///{tmp_path / 'pictures.sqlite3'}")
+        worker = DecodeWorker(queue, decode, records=records, **options)
+        made.append((queue, worker, records))
         if start:
-            queue.start()
-        return queue
+            worker.start()
+        return queue, worker
 
     yield make
-    for queue, _ in queues:
-        queue.stop()
+    for queue, worker, records in made:
+        worker.stop()
+        queue.close()
+        records.close()
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def marked(job, mark: float):
 
 
 def test_five_groups_become_the_promised_files(make_queue, output):
-    queue = make_queue()
+    queue, _ = make_queue()
     job = a_job("png", "png16", "webp", "jpeg", "png", filename="%model_dir%/%model_name%_%width%x%height%")
     reply = queue.submit(job, latents(job, rows=2))
     assert reply.files[:3] == ["a/b_32x32_AFFIX0_00.png", "a/b_32x32_AFFIX0_01.png", "a/AFFIX1/b_32x32_AFFIX1_00.png"]
@@ -66,7 +72,7 @@ def test_five_groups_become_the_promised_files(make_queue, output):
 
 
 def test_the_picture_is_the_one_that_was_sent(make_queue, output):
-    queue = make_queue()
+    queue, _ = make_queue()
     job = a_job("png")
     tensors = latents(job, rows=3)
     reply = queue.submit(job, tensors)
@@ -77,7 +83,7 @@ def test_the_picture_is_the_one_that_was_sent(make_queue, output):
 
 
 def test_images_and_heatmaps_are_saved_as_sent(make_queue, output):
-    queue = make_queue()
+    queue, _ = make_queue()
     group = PictureGroup(source="image", tensor="image", format="png")
     heatmaps = [
         Heatmap(tensor=f"{stage}.{polarity}", polarity=polarity, stage=stage, label="a cat")
@@ -98,7 +104,7 @@ def test_images_and_heatmaps_are_saved_as_sent(make_queue, output):
 
 
 def test_a_job_sent_again_is_not_done_again(make_queue, output):
-    queue = make_queue()
+    queue, _ = make_queue()
     job = a_job("png")
     first = queue.submit(job, latents(job))
     wait_for(queue, job)
@@ -110,7 +116,7 @@ def test_a_job_sent_again_is_not_done_again(make_queue, output):
 
 
 def test_one_job_sent_by_many_at_once_is_one_job(make_queue, output):
-    queues = [make_queue(), make_queue()]
+    queues = [make_queue()[0], make_queue()[0]]
     job = a_job("png")
     replies = []
     threads = [
@@ -127,22 +133,21 @@ def test_one_job_sent_by_many_at_once_is_one_job(make_queue, output):
 
 
 def test_names_never_collide(make_queue, output):
-    queue = make_queue(start=False)
-    output.mkdir(exist_ok=True)
+    queue, worker = make_queue(start=False)
     (output / "X_affix0_00001.PNG").touch()
     (output / "x_AFFIX0.png").write_text("a picture that was there before")
     promised = [queue.submit(job, latents(job)).files[0] for job in (a_job(filename="x") for _ in range(5))]
     promised.append(queue.submit(job := a_job(filename="X"), latents(job)).files[0])
     assert promised[0] == "x_AFFIX0_00001.png", "Linux tells case apart, the names of jobs do not"
     assert len({name.casefold() for name in promised}) == 6
-    queue.start()
+    worker.start()
     wait_for(queue, job)
     assert (output / "x_AFFIX0.png").read_text() == "a picture that was there before"
 
 
 def test_a_name_taken_after_it_was_promised_is_left_alone(make_queue, output):
     gate = Gate()
-    queue = make_queue(gate)
+    queue, _ = make_queue(gate)
     job = a_job("png", filename="x")
     promised = queue.submit(job, latents(job)).files[0]
     (output / promised).write_text("somebody else's")
@@ -155,7 +160,7 @@ def test_a_name_taken_after_it_was_promised_is_left_alone(make_queue, output):
 
 def test_priority_first_then_clients_take_turns(make_queue):
     gate = Gate()
-    queue = make_queue(gate)
+    queue, _ = make_queue(gate)
     queue.submit(blocker := a_job(client="z"), marked(blocker, 0.9))
     gate.entered.wait(30)
     for client, mark in [("a", 0.1), ("a", 0.2), ("a", 0.3), ("b", 0.4), ("b", 0.5), ("a", 0.6), ("c", 0.7)]:
@@ -186,14 +191,14 @@ def test_decoding_goes_on_while_the_former_is_written(make_queue, monkeypatch):
         return decode(latent).clamp(0, 1)
 
     monkeypatch.setattr(job_work, "write_part", slow_write)
-    queue = make_queue(second_decode)
+    queue, _ = make_queue(second_decode)
     for mark in (1.0, 2.0):
         queue.submit(job := a_job(), marked(job, mark))
     wait_for(queue, job)
 
 
 def test_a_full_queue_says_when_to_come_back(make_queue):
-    queue = make_queue(start=False, limits=Limits(jobs=2))
+    queue, _ = make_queue(start=False, limits=Limits(jobs=2))
     for _ in range(2):
         queue.submit(job := a_job(), latents(job))
     with pytest.raises(Unavailable, match="2 of 2 jobs") as refused:
@@ -203,7 +208,7 @@ def test_a_full_queue_says_when_to_come_back(make_queue):
 
 
 def test_bytes_are_bounded_too(make_queue):
-    queue = make_queue(start=False, limits=Limits(bytes=3000))
+    queue, _ = make_queue(start=False, limits=Limits(bytes=3000))
     with pytest.raises(TooLarge):
         queue.submit(job := a_job(), latents(job, size=32))
     queue.submit(job := a_job(), latents(job))
@@ -222,7 +227,7 @@ def test_failures_are_tried_again_and_then_dead_with_their_reason(make_queue, ou
             raise RuntimeError("the device is in a mood")
         return decode(latent)
 
-    queue = make_queue(moody, limits=Limits(attempts=3, backoff=0.2))
+    queue, _ = make_queue(moody, limits=Limits(attempts=3, backoff=0.2))
     reply = queue.submit(job := a_job(), latents(job))
     status = wait_for(queue, job, "dead")
     assert status.reason == "RuntimeError: the device is in a mood" and status.attempts == 3
@@ -237,7 +242,7 @@ def test_failures_are_tried_again_and_then_dead_with_their_reason(make_queue, ou
 
 def test_a_decode_to_nan_is_dead_at_once_and_can_be_retried(make_queue, output):
     nan = [True]
-    queue = make_queue(lambda latent: decode(latent) * (float("nan") if nan.pop() else 1.0))
+    queue, _ = make_queue(lambda latent: decode(latent) * (float("nan") if nan.pop() else 1.0))
     queue.submit(job := a_job(), latents(job))
     status = wait_for(queue, job, "dead")
     assert "NaN" in status.reason and status.attempts == 1 and files_under(output) == set()
@@ -248,7 +253,7 @@ def test_a_decode_to_nan_is_dead_at_once_and_can_be_retried(make_queue, output):
 
 def test_the_worker_survives_a_decoder_of_wrong_shape(make_queue):
     wrong = [True]
-    queue = make_queue(lambda latent: decode(latent)[:, :8] if wrong and wrong.pop() else decode(latent))
+    queue, _ = make_queue(lambda latent: decode(latent)[:, :8] if wrong and wrong.pop() else decode(latent))
     queue.submit(bad := a_job(), latents(bad))
     queue.submit(good := a_job(), latents(good))
     assert "was due" in wait_for(queue, bad, "dead").reason
@@ -257,7 +262,7 @@ def test_the_worker_survives_a_decoder_of_wrong_shape(make_queue):
 
 def test_cancelled_jobs_leave_nothing(make_queue, output):
     gate = Gate()
-    queue = make_queue(gate)
+    queue, _ = make_queue(gate)
     queue.submit(running := a_job(), latents(running))
     gate.entered.wait(30)
     queue.submit(waiting := a_job(), latents(waiting))
@@ -272,7 +277,7 @@ def test_cancelled_jobs_leave_nothing(make_queue, output):
 
 
 def test_purged_jobs_are_forgotten_and_their_pictures_stay(make_queue, output):
-    queue = make_queue()
+    queue, _ = make_queue()
     queue.submit(job := a_job(), latents(job))
     wait_for(queue, job)
     assert queue.purge(PurgeJobs(older_than=60)).changed == []
@@ -282,7 +287,7 @@ def test_purged_jobs_are_forgotten_and_their_pictures_stay(make_queue, output):
 
 
 def test_rejected_pictures_go_to_their_folder(make_queue, output):
-    queue = make_queue()
+    queue, _ = make_queue()
     job = a_job("png", "png", filename="x", quality_gate="variance")
     tensors = {"latent0": torch.full((1, 4, 8, 8), 0.5), "latent1": latents(job, size=8)["latent1"]}
     queue.submit(job, tensors)
@@ -299,7 +304,6 @@ def test_rejected_pictures_go_to_their_folder(make_queue, output):
         ({"save_path": "/etc"}, {}, Malformed, "absolute"),
         ({"filename": "%nonsense%"}, {}, Malformed, "unknown variable"),
         ({"filename": ""}, {}, Malformed, "no name"),
-        ({"save_mode": "database_store"}, {}, Impossible, "no records"),
         ({}, {"latent0": torch.zeros(1, 3, 4, 4)}, Malformed, r"\[B, 4, h, w\]"),
         ({}, {"latent0": torch.zeros(1, 4, 4, 4, dtype=torch.int8)}, Malformed, "int8"),
         ({}, {"latent0": torch.full((1, 4, 4, 4), float("nan"))}, Impossible, "NaN"),
@@ -310,17 +314,27 @@ def test_rejected_pictures_go_to_their_folder(make_queue, output):
     ],
 )
 def test_what_cannot_be_done_is_refused_at_once(make_queue, fields, tensors, error, told):
-    queue = make_queue(start=False)
+    queue, _ = make_queue(start=False)
     job = a_job("png", **fields)
     with pytest.raises(error, match=told):
         queue.submit(job, tensors or latents(job))
     assert queue.report(QueueStatus()).jobs == []
 
 
+def test_a_worker_takes_only_jobs_of_its_model(make_queue):
+    queue, _ = make_queue(model="sd15")
+    queue.submit(other := a_job(), latents(other), "sdxl")
+    queue.submit(own := a_job(), latents(own), "sd15")
+    wait_for(queue, own)
+    assert wait_for(queue, other, "queued").position == 0
+    make_queue(model="sdxl")
+    wait_for(queue, other)
+
+
 def test_two_workers_share_one_spool(make_queue, output):
     done_by = ([], [])
     queues = [
-        make_queue(lambda latent, who=who: (who.append(1), time.sleep(0.02), decode(latent))[2]) for who in done_by
+        make_queue(lambda latent, who=who: (who.append(1), time.sleep(0.02), decode(latent))[2])[0] for who in done_by
     ]
     jobs = [a_job("png") for _ in range(40)]
     for n, job in enumerate(jobs):
@@ -333,14 +347,14 @@ def test_two_workers_share_one_spool(make_queue, output):
 
 def test_a_job_whose_lease_ended_is_taken_over_and_done_once(make_queue, output):
     gate = Gate()
-    stuck = make_queue(gate, limits=Limits(lease=0.3))
+    stuck, stuck_worker = make_queue(gate, limits=Limits(lease=0.3))
     stuck.submit(job := a_job("png", "webp"), latents(job))
     gate.entered.wait(30)
-    healthy = make_queue(limits=Limits(lease=600))
+    healthy, _ = make_queue(limits=Limits(lease=600))
     status = wait_for(healthy, job)
     check_complete(output, status)
     gate.open.set()
-    stuck.stop()
+    stuck_worker.stop()
     assert len(gate.order) == 2, "the slow worker went on to the end of its decode"
     check_complete(output, wait_for(healthy, job))
     assert files_under(output) == {file.path for file in status.files}
@@ -348,7 +362,7 @@ def test_a_job_whose_lease_ended_is_taken_over_and_done_once(make_queue, output)
 
 def test_figures_and_status(make_queue):
     gate, told = Gate(), []
-    queue = make_queue(gate, observe=lambda name, seconds: told.append((name, seconds)))
+    queue, _ = make_queue(gate, observe=lambda name, seconds: told.append((name, seconds)))
     before = queue.report(QueueStatus())
     assert before.estimated_wait is None and before.counts["done"] == 0
     queue.submit(job := a_job(client="me"), latents(job))
