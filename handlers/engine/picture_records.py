@@ -70,7 +70,7 @@ class PictureRecords:
     """The pictures' table in the database at `url`."""
 
     def __init__(self, url: str):
-        self._engine = open_database(url, SCHEMA)
+        self.engine = open_database(url, SCHEMA)
 
     def store(self, job: SaveJob, pictures: Sequence[Row], heatmaps: str | None) -> None:
         """Writes the rows of a job in one transaction; done again, they are the same.
@@ -81,12 +81,12 @@ class PictureRecords:
         """
         shared = _job_fields(job, heatmaps)
         rows = [shared | _picture_fields(picture, job.groups[picture.group]) for picture in pictures]
-        with self._engine.begin() as db:
+        with self.engine.begin() as db:
             db.execute(delete(PICTURES).where(PICTURES.c.job_id == job.job_id))
             db.execute(insert(PICTURES), rows)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.engine.dispose()
 
 
 def _picture_fields(file: Row, group: PictureGroup) -> dict[str, Any]:

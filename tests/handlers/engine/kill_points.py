@@ -106,7 +106,7 @@ def check(home: Path, accepted: list[str], jobs: list[SaveJob]) -> None:
     expected = {file.path for status in statuses for file in status.files}
     assert files_under(home / "output") == expected, files_under(home / "output") ^ expected
     worker.stop()
-    with PictureRecords(f"sqlite:///{home / 'pictures.sqlite3'}")._engine.connect() as db:
+    with PictureRecords(f"sqlite:///{home / 'pictures.sqlite3'}").engine.connect() as db:
         rows = db.exec_driver_sql("SELECT path, sha256 FROM luna_pictures").all()
     assert sorted(rows) == sorted((file.path, file.sha256) for status in statuses for file in status.files)
 
