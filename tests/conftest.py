@@ -40,7 +40,7 @@ def server(torchserve: TorchServe) -> Server:
 
 @pytest.fixture(scope="session")
 def serve(home: Path, server: Server) -> Callable[..., list[str]]:
-    """serve(file, roles, name, dtype) packs a checkpoint, has these roles of it loaded, and returns the models' names."""
+    """serve(file, roles, name, dtype) packs a checkpoint, has these roles of it loaded, returns the models' names."""
 
     def serve(file: Path, roles: tuple[str, ...] = ("unet", "clip", "vae"), name=None, dtype="fp32") -> list[str]:
         archives = pack_checkpoint(file, home / "model_store", name, dtype, home)
