@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
 KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
 _RENEW_BEFORE = timedelta(seconds=60)
+_PIECE = 1 << 20
 _POLL_SECONDS = 0.3  # TorchServe runs nvidia-smi for every description
 
 
@@ -46,11 +47,11 @@ class Unauthorized(LunaError):
 class Timeouts:
     """In seconds.
 
-    answer: for one reply; a forward on a CPU may need many. patience: how long a call is repeated while the server is
-    full or loading, or its worker restarts.
+    connect: to be connected, and for each megabyte of a request to be taken. answer: for one reply; a forward on a CPU
+    may need many. patience: how long a call is repeated while the server is full or loading, or its worker restarts.
     """
 
-    connect: float = 5
+    connect: float = 10
     answer: float = 600
     patience: float = 60
 
@@ -190,7 +191,7 @@ class Server:
         while True:
             response = self._send("POST", self.inference, f"/predictions/{quote(model)}", "inference", body)
             if response.status == 200:
-                return Answer(response.headers["Content-Type"], response.data)
+                return Answer(response.headers.get("Content-Type", ""), response.data)
             error = _fault(response, model, body.blob_bytes)
             if isinstance(error, _WorkerDied):
                 # Once more, as another request may have killed it. One that sees two workers die is to blame itself.
@@ -239,8 +240,9 @@ class Server:
         attempts = 1 if method == "DELETE" else 3
         for attempt in range(1, attempts + 1):
             try:
-                sent = body.fresh() if body else None
-                return self._http.request(method, address + path, body=sent, headers=headers, timeout=timeout)
+                sent = body.fresh() if body else b""
+                headers["Content-Length"] = str(len(sent))
+                return self._http.request(method, address + path, body=_pieces(sent), headers=headers, timeout=timeout)
             except urllib3.exceptions.ReadTimeoutError as error:
                 raise Unavailable(
                     f"{address} did not answer within {self.timeouts.answer:.0f} s", "Timeouts.answer sets the limit"
@@ -316,6 +318,11 @@ class _WorkerDied(Internal):
 
 class _AlreadyThere(LunaError):
     """A model of that name is registered."""
+
+
+def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:
+    """One after the other, because a connection's time-out is for one piece, however large."""
+    return (memoryview(body)[start : start + _PIECE] for start in range(0, len(body), _PIECE))
 
 
 def _known_as(tensor: str, request: Request) -> str | None:
