@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Request)
 @dataclass
 class Item(Generic[R]):
     """One client's request with its tensors, as they came: on the CPU, in memory that is the client's again once it has
-    its reply. What is kept for longer has to be cloned. `stack` is the LoRA stack of roles that take one."""
+    its reply; what is kept for longer has to be cloned. `stack` is its LoRAs, for roles that take some."""
 
     request: R
     tensors: dict[str, Tensor]

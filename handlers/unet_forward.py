@@ -27,9 +27,9 @@ class UNetHandler(PatchedHandler):
     def load(self) -> None:
         path = self.settings.checkpoint_path()
         self.unet = UNet.load(path, detect(read_header(path)).parts["unet"], self.dtype, self.device)
-        self.take_loras(self.unet.model, unet_targets(self.unet.names))
         self.step_cache = StepCache(self.unet, self.settings.step_cache_mb << 20, self.settings.step_cache_ttl)
         self.presets = Presets.load(path)
+        self.take_loras(self.unet.model, unet_targets(self.unet.names))
 
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.unet.model.parameters())
@@ -60,7 +60,7 @@ class UNetHandler(PatchedHandler):
             if not tensor.ndim or len(tensor) != rows:
                 raise Impossible(f"{name} has shape {list(tensor.shape)}", f"x has {rows} rows, so must {name}")
         _control(item.tensors)
-        self._rows(item)
+        self._cache_rows(item)
 
     def rows(self, item: Item[UNetForward]) -> int | None:
         # The step cache runs parts of a batch, whose rows nothing beside the weights could tell apart.
@@ -78,13 +78,13 @@ class UNetHandler(PatchedHandler):
             joined["context"].to(self.dtype),
             None if y is None else y.to(self.dtype),
             _control(joined),
-            [row for item in items for row in self._rows(item)],
+            [row for item in items for row in self._cache_rows(item)],
         )
         parts = out.cpu().split([len(item.tensors["x"]) for item in items])
         outcomes = iter(outcomes)
         return [_reply(item, part, list(islice(outcomes, len(part)))) for item, part in zip(items, parts, strict=True)]
 
-    def _rows(self, item: Item[UNetForward]) -> list[Row | None]:
+    def _cache_rows(self, item: Item[UNetForward]) -> list[Row | None]:
         cache, count = item.request.step_cache, len(item.tensors["x"])
         if cache is None:
             return [None] * count

@@ -148,6 +148,8 @@ class LoraFiles:
             Malformed: their hash is not `content`; or as `get`.
             Impossible: as `get`.
         """
+        # Copied first: they may lie in memory that is the client's again after its reply.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         actual = set_hash(tensors)
         if actual != content:
             raise Malformed(
