@@ -190,7 +190,7 @@ class Server:
         deaths = 0
         while True:
             response = self._send("POST", self.inference, f"/predictions/{quote(model)}", "inference", body)
-            if response.status == 200:
+            if response.status in (200, 202):
                 return Answer(response.headers.get("Content-Type", ""), response.data)
             error = _fault(response, model, body.blob_bytes)
             if isinstance(error, _WorkerDied):

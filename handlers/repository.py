@@ -1,4 +1,5 @@
-"""Answers what the store holds, what is loaded, and what a model is made of, like Triton's repository index."""
+"""Answers what the store holds, what is loaded, and what a model is made of, like Triton's repository index; and what
+the decode queue holds, which outlives the workers that fill and empty it."""
 
 import hashlib
 import os
@@ -9,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from handlers.engine.checkpoints import detect, part_shapes, read_header, read_scalars
+from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings
 from handlers.worker_state import live_workers
@@ -27,12 +29,14 @@ _MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
 class RepositoryHandler(RoleHandler):
-    accepts = (RepositoryIndex, DescribeModel)
+    accepts = (RepositoryIndex, DescribeModel, *QUEUE_REQUESTS)
 
     def load(self) -> None:
-        """Nothing to load: each answer is read afresh."""
+        self.queue = open_queue(self.settings)
 
     def run(self, items: list[Item]) -> list[Reply]:
+        if isinstance(items[0].request, QUEUE_REQUESTS):
+            return [Reply(answer(self.queue, item.request), {}) for item in items]
         # The server is the parent of every worker, this one included.
         workers = live_workers(self.settings.roots.run, os.getppid())
         answers = {RepositoryIndex: self._index, DescribeModel: self._describe}
