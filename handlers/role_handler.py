@@ -6,6 +6,7 @@ together run as one, and each gets its own reply or its own error: what one clie
 
 import logging
 import os
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,6 +14,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from handlers.engine.checkpoints import weights_size
+from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.worker_state import WorkerState
@@ -90,16 +93,22 @@ class RoleHandler:
         self.state: WorkerState | None = None
         try:
             self._set_up(context)
+            if self.settings.checkpoint is not None:
+                path = self.settings.checkpoint_path()
+                needed = weights_size(path, self.settings.role, self.dtype)
+                self.state.claim(needed, Budgets.from_environment())
             self.load()
             self.state.update(now=True, state="ready", weights_bytes=self.weights_bytes())
         except Exception as error:
             log.exception("%s did not start", context.model_name)
             self.failure = error
             if self.state:
-                self.state.update(now=True, state="failed", reason=str(error))
+                self.state.update(now=True, state="failed", weights_bytes=0, reason=str(error))
 
     def handle(self, data: list[dict[str, Any]], context) -> list[bytes]:
         """One reply per row of `data`."""
+        if self.state:
+            self.state.update(busy=True, last_used=time.time())
         outcomes: list[Reply | LunaError | None] = [None] * len(data)
         items: dict[int, Item] = {}
         with torch.inference_mode():
@@ -108,7 +117,8 @@ class RoleHandler:
             for indices in self._groups(items):
                 self._run_group(indices, items, outcomes)
         if self.state:
-            self.state.update(requests=self.state.record.worker.requests + len(data))
+            requests = self.state.record.worker.requests + len(data)
+            self.state.update(requests=requests, busy=False, last_used=time.time())
         return [
             self._encode(outcome, row, context, i) for i, (outcome, row) in enumerate(zip(outcomes, data, strict=True))
         ]
@@ -130,6 +140,8 @@ class RoleHandler:
         self.state = WorkerState(self.settings.roots.run, context.model_name, worker)
 
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
+        if isinstance(self.failure, OutOfMemory):
+            raise self.failure
         if self.failure is not None:
             raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = _decode(_body(row))

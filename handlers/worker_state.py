@@ -5,15 +5,22 @@ file per process under the run folder serves instead; what a killed worker leave
 """
 
 import os
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
+from handlers.engine.memory_budget import Budgets, device_key, gigabytes
+from protocol.errors import OutOfMemory
 from protocol.messages import Worker
 
 _INTERVAL = 1.0  # seconds between writes of counters
+ROOM_SECONDS = 40.0  # how long a worker waits for room; serve.py makes it by unloading what was idle half as long
+_ROOM_POLL = 0.25
 
 
 class _Record(BaseModel):
@@ -33,25 +40,74 @@ class WorkerState:
         self.record = _Record(
             model=model, server_pid=os.getppid(), started=psutil.Process().create_time(), worker=worker
         )
+        self._lock = threading.RLock()
         self._written = 0.0
+        self._late: threading.Timer | None = None
         self._write()
 
     def update(self, now: bool = False, **changes) -> None:
-        """Changes fields of the `Worker`, written at once when `now`, else at most once a second."""
-        for field, value in changes.items():
-            setattr(self.record.worker, field, value)
-        if now or time.monotonic() - self._written > _INTERVAL:
-            self._write()
+        """Changes fields of the `Worker`. Written at once when `now`; else at most once a second, at its end."""
+        with self._lock:
+            for field, value in changes.items():
+                setattr(self.record.worker, field, value)
+            since = time.monotonic() - self._written
+            if now or since > _INTERVAL:
+                self._write()
+            elif self._late is None:
+                self._late = threading.Timer(_INTERVAL - since, self._write)
+                self._late.daemon = True
+                self._late.start()
+
+    def claim(self, needed: int, budgets: Budgets, seconds: float = ROOM_SECONDS) -> None:
+        """Take `needed` bytes of the device's budget for this worker's weights, waiting for room meanwhile.
+
+        Raises:
+            OutOfMemory: there was none for `seconds`, or never can be.
+        """
+        worker = self.record.worker
+        device = device_key(worker)
+        budget = budgets.of(device)
+        deadline = time.monotonic() + seconds
+        while True:
+            # Two workers that start together must not both see the same room.
+            with FileLock(self.folder / "claims.lock"):
+                others = live_workers(self.folder.parent, self.record.server_pid)
+                taken = {
+                    model: sum(each.weights_bytes for each in workers if device_key(each) == device and holds(each))
+                    for model, workers in others.items()
+                }
+                if budget is None or sum(taken.values()) + needed <= budget:
+                    self.update(now=True, state="loading", weights_bytes=needed)
+                    return
+                self.update(now=True, state="waiting", weights_bytes=needed)
+            if needed > budget or time.monotonic() > deadline:
+                told = ", ".join(f"{model} {gigabytes(size)}" for model, size in taken.items() if size)
+                raise OutOfMemory(
+                    f"{self.record.model} needs {gigabytes(needed)} on {device}, whose budget of {gigabytes(budget)} "
+                    f"holds {told or 'nothing yet'}",
+                    "unload one of them with scripts/models.py, take a smaller dtype, or raise serve.py --memory",
+                )
+            time.sleep(_ROOM_POLL)
 
     def _write(self) -> None:
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(self.record.model_dump_json())
-        os.replace(partial, self.path)
-        self._written = time.monotonic()
+        with self._lock:
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text(self.record.model_dump_json())
+            os.replace(partial, self.path)
+            self._written = time.monotonic()
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
 
 
-def live_workers(run: Path, server_pid: int) -> dict[str, list[Worker]]:
-    """{model: its live workers} of the server with this process id; records of dead processes are removed."""
+def holds(worker: Worker) -> bool:
+    """Whether the worker has its weights in memory, or is about to."""
+    return worker.state in ("loading", "ready")
+
+
+def live_workers(run: Path, server_pid: int | None = None) -> dict[str, list[Worker]]:
+    """{model: its live workers}, of the server with this process id where one is given; records of dead processes are
+    removed."""
     found: dict[str, list[Worker]] = {}
     for path in sorted((run / "workers").glob("*.json")):
         try:
@@ -59,8 +115,9 @@ def live_workers(run: Path, server_pid: int) -> dict[str, list[Worker]]:
         except (OSError, ValidationError):
             continue
         if not _alive(record):
-            path.unlink(missing_ok=True)
-        elif record.server_pid == server_pid:
+            with suppress(OSError):
+                path.unlink()
+        elif server_pid in (None, record.server_pid):
             found.setdefault(record.model, []).append(record.worker)
     return found
 

@@ -222,15 +222,21 @@ class RepositoryIndex(Request):
 
 
 class Worker(Message):
-    """A live worker process of a served model; `state` is loading, ready or failed (then `reason` says why)."""
+    """A live worker process of a served model.
+
+    state: waiting for room on its device, loading, ready, or failed (then `reason` says why). weights_bytes: what it
+    holds, or will. busy: it computes; last_used: when it last began or ended to, in seconds since 1970.
+    """
 
     pid: int
-    state: Literal["loading", "ready", "failed"]
+    state: Literal["waiting", "loading", "ready", "failed"]
     device: str
     assigned_gpu: int | None = None
     dtype: str | None = None
     weights_bytes: int = 0
     requests: int = 0
+    busy: bool = False
+    last_used: float = 0
     reason: str = ""
 
 
