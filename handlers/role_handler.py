@@ -20,7 +20,7 @@ from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.worker_state import WorkerState
 from protocol import blob
-from protocol.errors import Impossible, Internal, LunaError, Malformed, OutOfMemory, Unavailable
+from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
 from protocol.messages import Message, Missing, Request, Worker, parse_request
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,13 @@ class RoleHandler:
         self.state: WorkerState | None = None
         try:
             self._set_up(context)
+            self.state.check_deaths()
             if self.settings.checkpoint is not None:
                 path = self.settings.checkpoint_path()
                 needed = weights_size(path, self.settings.role, self.dtype)
                 self.state.claim(needed, Budgets.from_environment())
             self.load()
-            self.state.update(now=True, state="ready", weights_bytes=self.weights_bytes())
+            self.state.loaded(self.weights_bytes())
         except Exception as error:
             log.exception("%s did not start", context.model_name)
             self.failure = error
@@ -140,10 +141,10 @@ class RoleHandler:
         self.state = WorkerState(self.settings.roots.run, context.model_name, worker)
 
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
-        if isinstance(self.failure, OutOfMemory):
+        if isinstance(self.failure, OutOfMemory | Broken):
             raise self.failure
         if self.failure is not None:
-            raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
+            raise Broken(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = _decode(_body(row))
         request = parse_request(message, self.accepts)
         missing = []

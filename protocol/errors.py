@@ -62,6 +62,24 @@ class Unavailable(LunaError):
     status, code = 503, "unavailable"
 
 
+class Loading(Unavailable):
+    """The model's workers are starting."""
+
+    code = "loading"
+
+
+class Full(Unavailable):
+    """The model works, and as many requests as its queue takes wait already."""
+
+    code = "full"
+
+
+class Broken(Unavailable):
+    """The model did not load; trying again does not help before somebody mends it."""
+
+    code = "broken"
+
+
 class OutOfMemory(LunaError):
     """The device has no room for this request; a smaller one may fit."""
 
@@ -74,7 +92,19 @@ class Internal(LunaError):
 
 _BY_CODE = {
     kind.code: kind
-    for kind in (Malformed, NotFound, VersionMismatch, TooLarge, Impossible, Unavailable, OutOfMemory, Internal)
+    for kind in (
+        Malformed,
+        NotFound,
+        VersionMismatch,
+        TooLarge,
+        Impossible,
+        Unavailable,
+        Loading,
+        Full,
+        Broken,
+        OutOfMemory,
+        Internal,
+    )
 }
 
 

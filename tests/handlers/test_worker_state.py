@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from handlers.engine.memory_budget import Budgets
-from handlers.worker_state import WorkerState, live_workers
-from protocol.errors import OutOfMemory
+from handlers.worker_state import KEEPER, WorkerState, live_workers
+from protocol.errors import Broken, OutOfMemory
 from protocol.messages import Worker
 
 MB = 10**6
@@ -48,6 +49,7 @@ def own(run: Path, **fields) -> WorkerState:
 
 @pytest.mark.slow
 def test_of_three_that_start_together_two_get_in_and_the_third_when_one_ends(tmp_path):
+    (tmp_path / KEEPER).touch()
     processes = [start(tmp_path, f"model{i}", 60) for i in range(3)]
     try:
         deadline = time.monotonic() + 60
@@ -84,3 +86,31 @@ def test_what_was_held_back_is_written_a_moment_later(tmp_path):
     assert json.loads(state.path.read_text())["worker"]["requests"] == 0
     time.sleep(1.3)
     assert json.loads(state.path.read_text())["worker"]["requests"] == 4
+
+
+def dies(run: Path) -> None:
+    """A worker of the model "own" that is killed while it loads."""
+    record = json.loads(own(run).path.read_text())
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    record["worker"]["pid"], record["started"] = process.pid, psutil.Process(process.pid).create_time()
+    (run / "workers" / f"{process.pid}.json").write_text(json.dumps(record))
+    end(process)
+
+
+def test_a_model_that_killed_three_workers_is_not_loaded_a_fourth_time_but_a_fifth(tmp_path):
+    for _ in range(2):
+        dies(tmp_path)
+    own(tmp_path).check_deaths()
+    dies(tmp_path)
+    with pytest.raises(Broken, match="own was not loaded: 3 workers in a row died"):
+        own(tmp_path).check_deaths()
+    own(tmp_path).check_deaths()
+
+
+def test_a_worker_that_loads_clears_the_deaths_before_it(tmp_path):
+    for _ in range(2):
+        dies(tmp_path)
+    own(tmp_path).loaded(1)
+    dies(tmp_path)
+    own(tmp_path).check_deaths()
+    assert list(live_workers(tmp_path)) == ["own"]

@@ -56,5 +56,5 @@ def test_a_folder_that_is_no_comfyui_is_told(tmp_path):
 @pytest.mark.parametrize("text", ["a: [", "- a\n- b", "a: 3", "\x00"])
 def test_a_broken_yaml_is_told_with_its_path(comfyui, text):
     (comfyui / "extra_model_paths.yaml").write_text(text)
-    with pytest.raises(Malformed, match="extra_model_paths.yaml"):
+    with pytest.raises(Malformed, match=r"extra_model_paths\.yaml"):
         comfyui_folders(comfyui)
