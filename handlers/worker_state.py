@@ -64,8 +64,8 @@ class WorkerState:
                 self._late.start()
 
     def check_deaths(self) -> None:
-        """Refuses to load what killed worker after worker, because TorchServe would go on for ever and leave every client
-        waiting without a word.
+        """Refuses to load what killed worker after worker: TorchServe would go on for ever, and let clients wait without
+        a word.
 
         Raises:
             Broken: the last workers of this model died while they loaded. The next start tries again.

@@ -56,6 +56,12 @@ class Impossible(LunaError):
     status, code = 422, "impossible"
 
 
+class NoSharedMemory(LunaError):
+    """This worker cannot map the client's memory (another machine, container or user): send the blob as the body."""
+
+    status, code = 422, "no_shared_memory"
+
+
 class Unavailable(LunaError):
     """Loading, full or gone; worth trying again after `retry_after` seconds."""
 
@@ -98,6 +104,7 @@ _BY_CODE = {
         VersionMismatch,
         TooLarge,
         Impossible,
+        NoSharedMemory,
         Unavailable,
         Loading,
         Full,
