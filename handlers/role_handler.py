@@ -19,7 +19,7 @@ from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.transport import JSON, Transport, is_plain_json
-from handlers.worker_state import WorkerState
+from handlers.worker_state import FIRST_VERSION, WorkerState
 from protocol.blob import Blob
 from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
 from protocol.messages import Message, Missing, Request, Worker, parse_request
@@ -144,7 +144,9 @@ class RoleHandler:
         worker = Worker(
             pid=os.getpid(), state="loading", device=str(self.device), assigned_gpu=assigned, dtype=str(self.dtype)[6:]
         )
-        self.state = WorkerState(self.settings.roots.run, context.model_name, worker)
+        version = context.manifest["model"]["modelVersion"]
+        model = context.model_name if version == FIRST_VERSION else f"{context.model_name}/{version}"
+        self.state = WorkerState(self.settings.roots.run, model, worker)
 
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
         if isinstance(self.failure, OutOfMemory | Broken):

@@ -19,6 +19,7 @@ from handlers.engine.memory_budget import Budgets, device_key, gigabytes
 from protocol.errors import Broken, OutOfMemory
 from protocol.messages import Worker
 
+FIRST_VERSION = "1.0"  # of a model called NAME; others are called NAME/VERSION, as TorchServe's addresses have them
 _INTERVAL = 1.0  # seconds between writes of counters
 ROOM_SECONDS = 40.0  # how long a worker waits for room; serve.py makes it by unloading what was idle half as long
 _ROOM_POLL = 0.25
@@ -64,8 +65,7 @@ class WorkerState:
                 self._late.start()
 
     def check_deaths(self) -> None:
-        """Refuses to load what killed worker after worker: TorchServe would go on for ever, and let clients wait without
-        a word.
+        """Refuses to load what killed worker after worker; TorchServe would go on for ever, and let clients wait.
 
         Raises:
             Broken: the last workers of this model died while they loaded. The next start tries again.

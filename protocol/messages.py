@@ -241,7 +241,10 @@ class Worker(Message):
 
 
 class ServedModel(Message):
-    """An archive of the store, and its live workers: none when it is not loaded."""
+    """An archive of the store, and its live workers: none when it is not loaded.
+
+    name: NAME, or NAME/VERSION where the store has several versions.
+    """
 
     name: str
     role: Literal["unet", "clip", "vae", "repository"]
@@ -251,12 +254,18 @@ class ServedModel(Message):
 
 
 class Index(Message):
-    """The reply to `RepositoryIndex`, also as plain JSON."""
+    """The reply to `RepositoryIndex`, also as plain JSON.
+
+    loras, embeddings and servable are files below their roots. servable are checkpoints that have no archive yet;
+    scripts/add_checkpoint.py takes these names.
+    """
 
     kind: Literal["index"] = "index"
     protocol_version: int = PROTOCOL_VERSION
     models: list[ServedModel]
     loras: list[str] = []
+    embeddings: list[str] = []
+    servable: list[str] = []
 
 
 class DescribeModel(Request):
