@@ -77,8 +77,11 @@ def _files(roots: tuple[Path, ...]) -> list[str]:
 
 
 def _is_servable(name: str, roots: Roots) -> bool:
-    path = find(roots.checkpoints, name, "checkpoint")
-    about = path.stat()
+    try:
+        path = find(roots.checkpoints, name, "checkpoint")
+        about = path.stat()
+    except (LunaError, OSError):  # a link that leads out of the root, or a file that is gone by now
+        return False
     return _holds_parts(path, about.st_size, about.st_mtime_ns)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from handlers.engine.checkpoints import weights_size
 from handlers.engine.memory_budget import Budgets
+from handlers.engine.lora_overlays import Stack
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.transport import JSON, Transport, is_plain_json
@@ -32,10 +33,11 @@ R = TypeVar("R", bound=Request)
 @dataclass
 class Item(Generic[R]):
     """One client's request with its tensors, as they came: on the CPU, in memory that is the client's again once it has
-    its reply. What is kept for longer has to be cloned."""
+    its reply; what is kept for longer has to be cloned. `stack` is its LoRAs, for roles that take some."""
 
     request: R
     tensors: dict[str, Tensor]
+    stack: Stack = field(default_factory=Stack)
 
     def take(self, name: str, ndim: int) -> Tensor:
         """The tensor `name`, which must have `ndim` dimensions.
@@ -77,6 +79,10 @@ class RoleHandler:
     def weights_bytes(self) -> int:
         """Bytes of weights this worker holds."""
         return 0
+
+    def missing(self, item: Item) -> list[str]:
+        """Content hashes, beside those of `references`, that the client has to send first."""
+        return []
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
@@ -155,7 +161,8 @@ class RoleHandler:
             raise Broken(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = self.transport.receive(row)
         request = parse_request(message, self.accepts)
-        missing = []
+        item = Item(request, tensors)
+        missing = self.missing(item)
         for name, key in request.references.items():
             if name in tensors:
                 self.tensors.put(key, tensors[name])
@@ -165,7 +172,6 @@ class RoleHandler:
                 missing.append(key)
         if missing:
             return Reply(Missing(hashes=missing), {})
-        item = Item(request, tensors)
         self.check(item)
         items[index] = item
         return None

@@ -3,8 +3,8 @@
 - Remembers what is registered, for the next start.
 - Makes room: where a worker waits for its device's budget, the least recently used models that nobody samples with are
   unloaded.
-- Lets nobody wait for ever: requests that still waited when somebody scaled their model to 0 get a worker until they are
-  answered.
+- Lets nobody wait for ever: requests that still waited when somebody scaled their model to 0 get a worker until it has
+  answered them.
 
 It works from the workers' own records and the management API, so it does not matter whether a person, ComfyUI or curl
 asked for the load.
@@ -135,7 +135,7 @@ class Keeper:
         return wanted
 
     def _in_the_way(self, waiting: Worker, workers: dict[str, list[Worker]]) -> list[str]:
-        """Models whose unloading lets the waiting worker load, least recently used first; none if that is not enough."""
+        """Models whose unloading lets the waiting worker load, least recently used first; none if it is not enough."""
         device = device_key(waiting)
         held = {
             model: sum(each.weights_bytes for each in own if holds(each) and device_key(each) == device)
