@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import weights_size
-from handlers.engine.memory_budget import Budgets
 from handlers.engine.lora_overlays import Stack
+from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.transport import JSON, Transport, is_plain_json

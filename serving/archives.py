@@ -30,8 +30,11 @@ _HANDLERS = {
 
 @dataclass(frozen=True)
 class Archive:
-    """A .mar of the store. `model` is NAME, or NAME/VERSION for versions after the first; `written` tells whether it had
-    to be packed, or was there with the same content."""
+    """A .mar of the store.
+
+    model: NAME, or NAME/VERSION for versions after the first. written: it had to be packed, and was not there already
+    with the same content.
+    """
 
     model: str
     path: Path
