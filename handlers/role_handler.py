@@ -39,12 +39,12 @@ class Item(Generic[R]):
     tensors: dict[str, Tensor]
     stack: Stack = field(default_factory=Stack)
 
-    def take(self, name: str, ndim: int) -> Tensor:
-        """The tensor `name`, which must have `ndim` dimensions.
+    def take(self, name: str, ndim: int, floating: bool = True) -> Tensor:
+        """The tensor `name`, which must have `ndim` dimensions, of a floating dtype or of an integer one.
 
         Raises:
             Malformed: it was not sent.
-            Impossible: it has other dimensions.
+            Impossible: it has other dimensions, or the other kind of dtype.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -52,6 +52,8 @@ class Item(Generic[R]):
             raise Malformed(f"the tensor {name!r} is missing", f"sent were: {sent}")
         if tensor.ndim != ndim:
             raise Impossible(f"{name} has shape {list(tensor.shape)}", f"it needs {ndim} dimensions")
+        if tensor.is_floating_point() != floating or tensor.dtype == torch.bool:
+            raise Impossible(f"{name} is {str(tensor.dtype)[6:]}", f"send {'float32' if floating else 'int64'}")
         return tensor
 
 
