@@ -59,11 +59,13 @@ class Item(Generic[R]):
 
 @dataclass
 class Reply:
-    """A message, its tensors, and by how much this request raises counters that metrics.yaml declares."""
+    """A message, its tensors, by how much this request raises counters that metrics.yaml declares, and bytes that
+    gauges of it show from now on."""
 
     message: Message
     tensors: dict[str, Tensor]
     counters: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 class RoleHandler:
@@ -218,6 +220,8 @@ class RoleHandler:
             return outcome.to_json()
         for name, amount in outcome.counters.items():
             context.metrics.add_counter(name, amount)
+        for name, size in outcome.sizes.items():
+            context.metrics.add_size(name, size, unit="B")
         if not outcome.tensors and is_plain_json(row):
             content_type, body = JSON, outcome.message.model_dump_json().encode()
         else:
