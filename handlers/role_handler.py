@@ -18,6 +18,7 @@ from handlers.engine.checkpoints import weights_size
 from handlers.engine.lora_overlays import Stack
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
+from handlers.metrics import HandlerMetrics
 from handlers.settings import HandlerSettings
 from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
@@ -133,6 +134,9 @@ class RoleHandler:
             for indices in self._groups(items):
                 self._run_group(indices, items, outcomes)
         if self.state:
+            for outcome in outcomes:
+                self.telemetry.answered(outcome.code if isinstance(outcome, LunaError) else "ok")
+            self.telemetry.memory(self.state.record.worker.weights_bytes)
             requests = self.state.record.worker.requests + len(data)
             self.state.update(requests=requests, busy=False, last_used=time.time())
         return [
@@ -157,6 +161,7 @@ class RoleHandler:
         version = context.manifest["model"]["modelVersion"]
         model = context.model_name if version == FIRST_VERSION else f"{context.model_name}/{version}"
         self.state = WorkerState(self.settings.roots.run, model, worker)
+        self.telemetry = HandlerMetrics(context.metrics, context.model_name, self.device)
 
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
         if isinstance(self.failure, OutOfMemory | Broken):
@@ -187,7 +192,9 @@ class RoleHandler:
         return list(groups.values())
 
     def _run_group(self, indices: list[int], items: dict[int, Item], outcomes: list) -> None:
+        begun = time.monotonic()
         replies = self._guarded(lambda: self.run([items[index] for index in indices]))
+        self.telemetry.ran(len(indices), time.monotonic() - begun)
         if isinstance(replies, LunaError) and len(indices) > 1:
             # Together they failed: alone, only those at fault do.
             for index in indices:
