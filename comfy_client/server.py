@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,6 +38,8 @@ from protocol.errors import (
 from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
 KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
+# The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
+SESSION_HEADER = "Luna-Session"
 _RENEW_BEFORE = timedelta(seconds=60)
 _POLL_SECONDS = 0.3  # TorchServe runs nvidia-smi for every description
 
@@ -93,6 +96,7 @@ class Server:
     ) -> None:
         self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
         self.timeouts = timeouts
+        self._session = uuid.uuid4().hex
         self._http = urllib3.PoolManager(num_pools=2, maxsize=connections, retries=False)
         self._transport = Transport(self.inference)
         self._tokens = _Tokens(key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE)), self._renew)
@@ -260,9 +264,12 @@ class Server:
 
     def _why_refused(self, model: str) -> Unavailable:
         """TorchServe has one text for a full queue, for workers that start, and for none."""
-        description = self.describe(model)
+        try:
+            description = self.describe(model)
+        except LunaError:  # no way to the management API, as behind a proxy
+            return Unavailable(f"{model} is full, loading, or has no worker", "try again", retry_after=0.5)
         if not description["workers"]:
-            return Unavailable(f"{model} is registered without workers", f"scripts/models.py load {model}")
+            return Unavailable(f"{model} is registered with no worker", f"scripts/models.py load {model}")
         if description["jobQueueStatus"]["remainingCapacity"] == 0:
             waiting = description["jobQueueStatus"]["pendingRequests"]
             return Full(f"{waiting} requests wait for {model} already", "try again, or add workers", retry_after=0.5)
@@ -295,7 +302,7 @@ class Server:
     def _exchange(
         self, method: str, address: str, path: str, token: str | None, body: Body | None
     ) -> urllib3.BaseHTTPResponse:
-        headers = {"Content-Type": body.content_type} if body else {}
+        headers = {SESSION_HEADER: self._session} | ({"Content-Type": body.content_type} if body else {})
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         timeout = urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.answer)

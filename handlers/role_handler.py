@@ -24,7 +24,7 @@ from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
 from protocol.blob import Blob
 from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
-from protocol.messages import Message, Missing, Request, Worker, parse_request
+from protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,9 @@ class RoleHandler:
         if self.failure is not None:
             raise Broken(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = self.transport.receive(row)
-        request = parse_request(message, self.accepts)
+        request = parse_request(message, (*self.accepts, Readiness))
+        if isinstance(request, Readiness):
+            return Reply(Ready(), {})
         item = Item(request, tensors)
         missing = self.missing(item)
         for name, key in request.references.items():

@@ -215,6 +215,18 @@ class VaeOutput(Message):
     kind: Literal["vae_output"] = "vae_output"
 
 
+class Readiness(Request):
+    """Asks any model whether it is loaded. A request without a body means the same: a probe can be a plain GET."""
+
+    kind: Literal["readiness"] = "readiness"
+
+
+class Ready(Message):
+    """The reply of a model that is loaded; others answer with the reason why not."""
+
+    kind: Literal["ready"] = "ready"
+
+
 class RepositoryIndex(Request):
     """Asks what the store holds and what is loaded."""
 

@@ -34,6 +34,17 @@ def restored(store: list[str], registered: dict[str, int]) -> dict[str, int | No
     return {model: count for model, count in wanted.items() if count != 0} | {"repository": None}
 
 
+def exposed(arguments: argparse.Namespace, ports: Ports) -> dict[str, str]:
+    """TorchServe's settings for a server behind a proxy; management stays on loopback."""
+    if not arguments.behind_proxy:
+        return {}
+    return {
+        "inference_address": f"http://0.0.0.0:{ports.inference}",
+        "metrics_address": f"http://0.0.0.0:{ports.metrics}",
+        "disable_token_authorization": "true",
+    }
+
+
 def announce(console: Console, torchserve: TorchServe, server: Server) -> None:
     console.print(overview(server.index()))
     console.print(f"inference   {torchserve.inference}", f"management  {torchserve.management}", sep="\n")
@@ -60,6 +71,12 @@ def main() -> int:
         help="most that weights may take of a device, such as 0=20GB,cpu=8GB; idle models make room for others "
         "(three quarters of each GPU; a CPU has no bound)",
     )
+    parser.add_argument(
+        "--behind-proxy",
+        action="store_true",
+        help="answer inference and metrics on every network address and ask for no token: for a container or a private "
+        "network, behind a proxy that does ask (docs/security.md)",
+    )
     arguments = parser.parse_args()
     if arguments.comfyui:
         os.environ["LUNA_COMFYUI"] = str(arguments.comfyui.absolute())
@@ -73,7 +90,8 @@ def main() -> int:
         pack_repository(arguments.store)
         wanted = restored([archive.model for archive in refresh(arguments.store)], Registered(arguments.run).read())
         (arguments.run / KEEPER).unlink(missing_ok=True)
-        with TorchServe(arguments.store, arguments.run, Ports.from_first(arguments.port)) as torchserve:
+        ports = Ports.from_first(arguments.port)
+        with TorchServe(arguments.store, arguments.run, ports, **exposed(arguments, ports)) as torchserve:
             server = Server(torchserve.inference, torchserve.management, torchserve.key_file)
             load(server, wanted, console, workers=wanted)
             keeper = Keeper(server, arguments.run, budgets)

@@ -3,8 +3,8 @@
 - Remembers what is registered, for the next start.
 - Makes room: where a worker waits for its device's budget, the least recently used models that nobody samples with are
   unloaded.
-- Lets nobody wait for ever: requests that still waited when somebody scaled their model to 0 get a worker until it has
-  answered them.
+- Lets nobody wait for ever: requests that still waited when somebody scaled their model to 0 get a worker, until it has
+  been idle for a while.
 
 It works from the workers' own records and the management API, so it does not matter whether a person, ComfyUI or curl
 asked for the load.
@@ -64,6 +64,7 @@ class Keeper:
         self.run = run
         self.budgets = budgets
         self.registered = Registered(run)
+        self._draining: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="keeper", daemon=True)
 
@@ -103,9 +104,12 @@ class Keeper:
             if not count and self.server.pending(model):
                 log.warning("%s was scaled to 0 while requests waited: a worker answers them", model)
                 self.server.scale(model, 1)
-                while self.server.pending(model) and not self._stop.wait(_POLL_SECONDS):
-                    pass
+                self._draining.add(model)
+        workers = live_workers(self.run)
+        for model in self._draining & workers.keys():
+            if _is_idle(model, workers) and not self.server.pending(model):
                 self.server.scale(model, 0)
+                self._draining.remove(model)
 
     def _loop(self) -> None:
         polls = 0

