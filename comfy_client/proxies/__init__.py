@@ -1,0 +1,1 @@
+"""What ComfyUI believes are its own MODEL, CLIP and VAE: ComfyUI's classes, with the weights and the arithmetic elsewhere."""
