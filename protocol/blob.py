@@ -54,6 +54,14 @@ def content_hash(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def set_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A name for a set of named tensors, whatever their order: 32 hexadecimal digits (BLAKE2b, 128 bits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}\0{content_hash(tensors[name])}\n".encode())
+    return digest.hexdigest()
+
+
 def _header(blob: bytes) -> tuple[dict, list[str]]:
     size = int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or size > min(len(blob) - 8, MAX_HEADER_BYTES):

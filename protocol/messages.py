@@ -6,13 +6,14 @@ floating dtype may be sent; the worker computes in its own and answers in the dt
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
 
 from protocol import PROTOCOL_VERSION
 from protocol.errors import Impossible, Malformed, VersionMismatch
 
 ContentHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Preset = Literal["quality", "balanced", "fast"]
 Strength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
@@ -32,8 +33,13 @@ class Request(Message):
 
 
 class LoraUse(Message):
-    """One LoRA of a stack: a file on the server by `name`, or patches uploaded earlier by `content` hash.
+    """One LoRA of a stack: a file on the server by `name`, or tensors of the client's own by `content`.
 
+    name: path relative to a LoRA root, in any sub-folder, with or without ".safetensors".
+    content: `set_hash` of a LoRA file's tensors under the names they have there. They travel beside any request that
+    uses them as "lora.<content>.<name in the file>", and only when the worker answered `Missing` for that hash. Every
+    spelling that a file may use can be sent; a client that holds ComfyUI's patches writes their keys without ".weight"
+    and with the formats' own endings, diffusion_model.input_blocks.1.1.proj_in.lora_up.weight (table: docs/lora.md).
     strength_patch scales the patch; strength_model scales the weight before the patch is added (ComfyUI's rule).
     """
 
@@ -42,8 +48,82 @@ class LoraUse(Message):
     strength_patch: Strength = 1.0
     strength_model: Strength = 1.0
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "LoraUse":
+        if (self.name is None) == (self.content is None):
+            raise ValueError("a LoRA is given either by name or by content")
+        return self
 
-class UNetForward(Request):
+
+Stack = Annotated[list[LoraUse], Field(default_factory=list, max_length=64)]
+
+
+class Patched(Request):
+    """A request to a model whose weights LoRAs patch for this request alone.
+
+    lora is merged into the weights in this order; hook_lora then into the merged and rounded weights (ComfyUI's hooks).
+    """
+
+    lora: Stack
+    hook_lora: Stack
+
+
+class LoraReport(Message):
+    """What became of one LoRA: how many weights it patched, and which of its tensors fit nothing in this model.
+
+    Tensors for the checkpoint's other parts (a text encoder's, asked of the UNet) are not among the unmatched.
+    unmatched_names lists the first 256 of them.
+    """
+
+    name: str | None = None
+    content: str | None = None
+    matched: int
+    unmatched: int = 0
+    unmatched_names: list[str] = []
+
+
+class StepCache(Message):
+    """Lets the server reuse work of a sampling run's earlier steps, and says where in the run this evaluation stands.
+
+    session: one sampling run of one client; a new run takes a new name.
+    step: counts the evaluations that the sampler asks for: 0, 1, 2 ...; a retry repeats its number. Only an evaluation
+        whose number follows the last one, at a lower timestep, can be a hit.
+    conds: one name per row, the conditioning it belongs to. The n-th rows of each name are of the same latent (cond
+        and uncond, say) and hit or miss together.
+    policy, parameters: how to decide and what to reuse, see docs/step_cache.md; first_block, the default, takes
+        residual_threshold and max_consecutive_hits.
+    preset: instead of these, what was tuned for this model and `sampler` (ComfyUI's name; None: what suits them all).
+    start_timestep, end_timestep: reuse only from the one down to the other, both included; None has no bound. Clients
+        map percents with their own model_sampling.
+    """
+
+    session: Name
+    step: int = Field(ge=0)
+    conds: list[Name] = Field(min_length=1, max_length=1024)
+    policy: Name = "first_block"
+    parameters: dict[Name, FiniteFloat] = Field(default_factory=dict, max_length=16)
+    preset: Preset | None = None
+    sampler: Name | None = None
+    start_timestep: FiniteFloat | None = None
+    end_timestep: FiniteFloat | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "StepCache":
+        if None not in (self.start_timestep, self.end_timestep) and self.start_timestep < self.end_timestep:
+            raise ValueError("start_timestep must not be below end_timestep (start_percent below end_percent)")
+        if self.preset and self.model_fields_set & {"policy", "parameters", "start_timestep", "end_timestep"}:
+            raise ValueError("a preset brings its own policy, parameters and window; give the one or the others")
+        return self
+
+
+class StepCacheReport(Message):
+    """What the step cache did: per row, and the seconds it saved against computing every row in full."""
+
+    hits: list[bool]
+    seconds_saved: float
+
+
+class UNetForward(Patched):
     """One evaluation of the UNet.
 
     Tensors: x [B, C, H, W] in the UNet's own space; timesteps [B] (0..999, fractions allowed); context [B, T, D]; y
@@ -53,15 +133,23 @@ class UNetForward(Request):
     """
 
     kind: Literal["unet_forward"] = "unet_forward"
+    step_cache: StepCache | None = None
 
 
 class UNetOutput(Message):
-    """Tensors: out [B, C, H, W], the predicted noise (or v)."""
+    """Tensors: out [B, C, H, W], the predicted noise (or v).
+
+    lora reports on `lora` and then `hook_lora`, in order; unmerged says that the LoRAs ran beside the weights for want
+    of memory, which deviates from merging them as docs/lora.md states.
+    """
 
     kind: Literal["unet_output"] = "unet_output"
+    lora: list[LoraReport] = []
+    unmerged: bool = False
+    step_cache: StepCacheReport | None = None
 
 
-class ClipEncode(Request):
+class ClipEncode(Patched):
     """Hidden states of one text encoder for token ids.
 
     Tensors: tokens [N, T] int64; and where textual inversion puts vectors in place of tokens, embeddings [M, D] and
@@ -80,7 +168,7 @@ class ClipEncode(Request):
     projected: bool = True
 
 
-class ClipText(Request):
+class ClipText(Patched):
     """Plain text to conditioning, for callers that do not tokenise: every encoder of the checkpoint, no weights syntax.
 
     clip_skip counts from the end as in ComfyUI: -1 the last layer, -2 the penultimate; None is the family's own choice.
@@ -96,6 +184,7 @@ class ClipOutput(Message):
     side by side)."""
 
     kind: Literal["clip_output"] = "clip_output"
+    lora: list[LoraReport] = []
 
 
 class Tiling(Message):
