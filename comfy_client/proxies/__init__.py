@@ -1,1 +1,1 @@
-"""What ComfyUI believes are its own MODEL, CLIP and VAE: ComfyUI's classes, with the weights and the arithmetic elsewhere."""
+"""What ComfyUI believes are its own MODEL, CLIP and VAE: its classes, with weights and arithmetic elsewhere."""

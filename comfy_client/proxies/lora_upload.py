@@ -1,17 +1,17 @@
-"""LoRA patches as ComfyUI's loaders parsed them, written back as a LoRA file in kohya's names: what a server can read.
+"""LoRA patches as ComfyUI's loaders parsed them, written back as the tensors of a LoRA file: what a server can read.
 
 Any loader's product travels this way, whichever format its file had and wherever the file lies.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from comfy_client.proxies.refusals import refuse
-from protocol.blob import content_hash
+from protocol.blob import set_hash
 
 # The order in which ComfyUI's weight adapters keep what they read, by their `name`, under the names files use.
 _SLOTS = {
@@ -35,29 +35,28 @@ _SLOTS = {
 
 
 class CapturedLora:
-    """What one loader added to a model; serialised when first needed.
+    """What one loader added to a model, serialised when first needed.
 
     Args:
         patches: {key of ComfyUI's state dict: weight adapter, or ("diff" | "set", (tensor,))}.
-        layer_name: the name a LoRA file has for the layer of a key (given without ".weight" or ".bias").
     """
 
-    def __init__(self, patches: Mapping[str, Any], layer_name: Callable[[str], str]) -> None:
+    def __init__(self, patches: Mapping[str, Any]) -> None:
         self._patches = patches
-        self._layer_name = layer_name
-        self._file: tuple[str, Tensor] | None = None
 
-    def file(self) -> tuple[str, Tensor]:
-        """Content hash and bytes (uint8 [N]) of the LoRA as a safetensors file."""
-        if self._file is None:
-            tensors = lora_file(self._patches, self._layer_name)
-            content = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
-            self._file = content_hash(content), content
-        return self._file
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """{name in a LoRA file: tensor}."""
+        return lora_file(self._patches)
+
+    @cached_property
+    def content(self) -> str:
+        """The hash that stands for `tensors`."""
+        return set_hash(self.tensors)
 
 
-def lora_file(patches: Mapping[str, Any], layer_name: Callable[[str], str]) -> dict[str, Tensor]:
-    """{name in a kohya file: tensor} of ComfyUI's patches.
+def lora_file(patches: Mapping[str, Any]) -> dict[str, Tensor]:
+    """ComfyUI's patches as the tensors of a LoRA file whose layers have ComfyUI's own names.
 
     Raises:
         NotRemote: a patch of a kind that no LoRA file can hold, or one that changes a part of a weight.
@@ -67,8 +66,8 @@ def lora_file(patches: Mapping[str, Any], layer_name: Callable[[str], str]) -> d
         if not isinstance(key, str):
             refuse(f"The LoRA patch of {key[0]}", "changes a slice of a weight")
         layer, _, parameter = key.rpartition(".")
-        tensors |= {f"{layer_name(layer)}.{slot}": value for slot, value in _slots(key, patch, parameter).items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors |= {f"{layer}.{slot}": value for slot, value in _slots(key, patch, parameter).items()}
+    return tensors
 
 
 def _slots(key: str, patch: Any, parameter: str) -> dict[str, Tensor]:

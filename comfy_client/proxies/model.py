@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse, refuse_block_patches
 from comfy_client.proxies.remote import Remote
+from comfy_client.proxies.step_cache import STEP_CACHE_KEY, StepCacheSettings
 from protocol.blob import content_hash
-from protocol.messages import UNetForward
+from protocol.messages import StepCache, UNetForward
 
 _FAMILIES = {"sd15": supported_models.SD15, "sdxl": supported_models.SDXL}
-STEP_CACHE_KEY = "luna_step_cache"
 
 
 def remote_model(remote: Remote) -> "RemoteModelPatcher":
-    """A MODEL for a served UNet: sampling, schedules, conditioning and guidance are ComfyUI's, each forward is remote."""
+    """A MODEL for a served UNet: sampling, schedules and guidance are ComfyUI's, each forward is remote."""
     shapes = remote.meta_tensors("unet")
     unet_config = model_detection.detect_unet_config(shapes, "")
     known = model_detection.model_config_from_unet_config(unet_config, shapes)
@@ -32,7 +32,6 @@ def remote_model(remote: Remote) -> "RemoteModelPatcher":
     model = config.get_model(markers, "")
     model.diffusion_model = RemoteUNet(remote, shapes, model)
     model.lora_stack = model.diffusion_model.lora_stack
-    model.lora_layer_name = _lora_layer_name
     model.memory_required = _no_memory
     model.state_dict_for_saving = _refuse_saving
     return RemoteModelPatcher.around(model)
@@ -91,19 +90,38 @@ class RemoteUNet(nn.Module):
         for name, value in extra.items():
             if value is not None:
                 refuse(f"The conditioning {name!r}", "needs layers that no SD1.5 or SDXL UNet has")
-        loras, hook_loras, files = self.lora_stack.uses()
         tensors = {"x": x, "timesteps": timesteps, "context": context} | _residuals(control)
         if y is not None:
             tensors["y"] = y
-        references = {"context": content_hash(context)} | {f"lora.{key}": key for key in files}
         request = UNetForward(
-            references=references,
-            loras=loras,
-            hook_loras=hook_loras,
-            **self._step_of(options, len(x)),
+            references={"context": content_hash(context)},
+            step_cache=self._step_cache(options, timesteps),
+            **self.lora_stack.request_fields(),
         )
-        reply = self.remote.ask(request, tensors | {f"lora.{key}": content for key, content in files.items()})
+        reply = self.remote.ask(request, tensors | self.lora_stack.tensors())
         return reply["out"].to(x.device)
+
+    def _step_cache(self, options: Mapping[str, Any], timesteps: Tensor) -> StepCache | None:
+        """Where this evaluation stands in the run; None unless a Luna node switched the cache on.
+
+        A sampler's evaluation may come in several calls, one for some conds each. It is over, and the next begins, when
+        a cond comes back.
+        """
+        settings: StepCacheSettings | None = options.get(STEP_CACHE_KEY)
+        if settings is None:
+            return None
+        conds = [str(cond) for cond in options["uuids"]]
+        if self._seen & set(conds):
+            self._step += 1
+            self._seen = set()
+        self._seen |= set(conds)
+        rows = len(timesteps) // len(conds)
+        names = [cond for cond in conds for _ in range(rows)]
+        return settings.request(self._session, self._step, names, self._timestep_at)
+
+    def _timestep_at(self, percent: float) -> float:
+        sampling = self._model.model_sampling
+        return float(sampling.timestep(torch.tensor(sampling.percent_to_sigma(percent))))
 
 
 def _residuals(control: Mapping[str, list[Tensor | None]] | None) -> dict[str, Tensor]:
@@ -114,10 +132,6 @@ def _residuals(control: Mapping[str, list[Tensor | None]] | None) -> dict[str, T
         for index, residual in enumerate(reversed(residuals))
         if residual is not None
     }
-
-
-def _lora_layer_name(layer: str) -> str:
-    return "lora_unet_" + layer.removeprefix("diffusion_model.").replace(".", "_")
 
 
 def _no_memory(*_args: Any, **_options: Any) -> int:

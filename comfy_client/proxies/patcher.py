@@ -35,23 +35,22 @@ class LoraStack:
     patches: list[tuple] = field(default_factory=list)
     hooks: list[tuple] = field(default_factory=list)
 
-    def uses(self) -> tuple[list[LoraUse], list[LoraUse], dict[str, Tensor]]:
-        """The two stages for a request, and the files they refer to as {content hash: bytes}."""
-        files: dict[str, Tensor] = {}
+    def request_fields(self) -> dict[str, list[LoraUse]]:
+        """The two stages as a request names them."""
+        return {"lora": _uses(self.patches), "hook_lora": _uses(self.hooks)}
 
-        def stage(patches: list[tuple]) -> list[LoraUse]:
-            uses = []
-            for strength_patch, lora, strength_model, *_ in patches:
-                strengths = {"strength_patch": strength_patch, "strength_model": strength_model}
-                if isinstance(lora, ServerLora):
-                    uses.append(LoraUse(name=lora.name, **strengths))
-                else:
-                    key, content = lora.file()
-                    files[key] = content
-                    uses.append(LoraUse(content=key, **strengths))
-            return uses
+    def tensors(self) -> dict[str, Tensor]:
+        """What the server may ask for: the captured LoRAs' tensors under the names they travel by."""
+        captured = (lora for _, lora, *_ in self.patches + self.hooks if isinstance(lora, CapturedLora))
+        return {f"lora.{lora.content}.{name}": tensor for lora in captured for name, tensor in lora.tensors.items()}
 
-        return stage(self.patches), stage(self.hooks), files
+
+def _uses(patches: list[tuple]) -> list[LoraUse]:
+    uses = []
+    for strength_patch, lora, strength_model, *_ in patches:
+        which = {"name": lora.name} if isinstance(lora, ServerLora) else {"content": lora.content}
+        uses.append(LoraUse(strength_patch=strength_patch, strength_model=strength_model, **which))
+    return uses
 
 
 class RemotePatcher(ModelPatcher):
@@ -78,9 +77,7 @@ class RemotePatcher(ModelPatcher):
         return self._capture(self.patches, patches, strength_patch, strength_model)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
-        return self._capture(
-            self.hook_patches.setdefault(hook.hook_ref, {}), patches, strength_patch, strength_model
-        )
+        return self._capture(self.hook_patches.setdefault(hook.hook_ref, {}), patches, strength_patch, strength_model)
 
     def load(self, *args, **kwargs):
         self.model.lora_stack.patches = self.patches.get(_WHOLE_MODEL, [])
@@ -103,7 +100,7 @@ class RemotePatcher(ModelPatcher):
         known = self.model_state_dict()
         ours = {key: patch for key, patch in patches.items() if (key if isinstance(key, str) else key[0]) in known}
         if ours:
-            self._append(into, CapturedLora(ours, self.model.lora_layer_name), strength_patch, strength_model)
+            self._append(into, CapturedLora(ours), strength_patch, strength_model)
         return list(ours)
 
     def _append(self, into: dict, lora: CapturedLora | ServerLora, strength_patch: float, strength_model: float):
