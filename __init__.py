@@ -36,9 +36,13 @@ def _import_nodes() -> ModuleType:
             sys.modules["protocol"] = theirs
 
 
-_nodes = _import_nodes()
-NODE_CLASS_MAPPINGS = _nodes.NODE_CLASS_MAPPINGS
-NODE_DISPLAY_NAME_MAPPINGS = _nodes.NODE_DISPLAY_NAME_MAPPINGS
 WEB_DIRECTORY = "./comfy_client/web"
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+
+if "folder_paths" in sys.modules:  # test runners import this file too, and there is no ComfyUI then
+    _nodes = _import_nodes()
+    NODE_CLASS_MAPPINGS |= _nodes.NODE_CLASS_MAPPINGS
+    NODE_DISPLAY_NAME_MAPPINGS |= _nodes.NODE_DISPLAY_NAME_MAPPINGS
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

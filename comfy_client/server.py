@@ -88,19 +88,19 @@ class Server:
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The reply's message and tensors.
 
-        Tensors that `request.references` names are sent only when the worker says that it lacks them. A call is tried
-        again while that may help: forwards are pure, and doing one twice does no harm.
+        Tensors that `request.references` names, and those of LoRAs (lora.CONTENT.NAME), are sent only when the worker
+        says that it lacks them. A call is tried again while that may help: forwards are pure, and doing one twice does
+        no harm.
         """
         tensors = tensors or {}
-        sent = {name: tensor for name, tensor in tensors.items() if name not in request.references}
+        held_back = request.references | {name: name.split(".")[1] for name in tensors if name.startswith("lora.")}
+        sent = {name: tensor for name, tensor in tensors.items() if name not in held_back}
         while True:
             message, reply = unpack(self._predict(model, pack(request, sent)))
             if message.get("kind") != "missing":
                 return message, reply
             hashes = validate(Missing, message).hashes
-            lacking = {
-                name: tensors[name] for name, own in request.references.items() if own in hashes and name in tensors
-            }
+            lacking = {name: tensors[name] for name, own in held_back.items() if own in hashes and name in tensors}
             if not lacking.keys() - sent.keys():
                 raise Internal(f"{model} asks for tensors it was sent or that this request does not have: {hashes}")
             sent |= lacking
