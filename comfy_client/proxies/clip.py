@@ -102,7 +102,7 @@ class RemoteTextEncoder(SDClipModel):
             projected=self.return_projected_pooled,
             **self.lora_stack.request_fields(),
         )
-        reply = self.remote.ask(request, tensors | self.lora_stack.tensors())
+        _, reply = self.remote.ask(request, tensors | self.lora_stack.tensors())
         return reply["hidden"], reply["pooled"]
 
 

@@ -1,5 +1,6 @@
 """MODEL: ComfyUI's own sampling around a UNet that runs on the server."""
 
+import logging
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from comfy_client.proxies.remote import Remote
 from comfy_client.proxies.step_cache import STEP_CACHE_KEY, StepCacheSettings
 from protocol.blob import content_hash
 from protocol.messages import StepCache, UNetForward
+
+log = logging.getLogger(__name__)
 
 _FAMILIES = {"sd15": supported_models.SD15, "sdxl": supported_models.SDXL}
 
@@ -44,6 +47,10 @@ class RemoteModelPatcher(RemotePatcher):
         super().pre_run()
         self.model.diffusion_model.begin_session()
 
+    def cleanup(self):
+        self.model.diffusion_model.end_session()
+        super().cleanup()
+
 
 class RemoteUNet(nn.Module):
     """ComfyUI's `diffusion_model` without parameters: each forward is a request.
@@ -66,6 +73,24 @@ class RemoteUNet(nn.Module):
     def begin_session(self) -> None:
         """A sampling run begins: step caches of earlier ones do not count."""
         self._session, self._step, self._seen = uuid.uuid4().hex, 0, set()
+        self._rows, self._hits, self._seconds_saved = 0, 0, 0.0
+
+    def end_session(self) -> None:
+        """The run is over: tell what the step cache did, nothing included."""
+        if self._rows:
+            log.info(
+                "Luna step cache: %d of %d evaluations reused, %.1f s saved",
+                self._hits,
+                self._rows,
+                self._seconds_saved,
+            )
+        self._rows = 0
+
+    def _count(self, report: dict[str, Any] | None) -> None:
+        if report:
+            self._rows += len(report["hits"])
+            self._hits += sum(report["hits"])
+            self._seconds_saved += report["seconds_saved"]
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """The remote keys on the meta device, so that LoRA loaders find what they patch.
@@ -98,7 +123,8 @@ class RemoteUNet(nn.Module):
             step_cache=self._step_cache(options, timesteps),
             **self.lora_stack.request_fields(),
         )
-        reply = self.remote.ask(request, tensors | self.lora_stack.tensors())
+        message, reply = self.remote.ask(request, tensors | self.lora_stack.tensors())
+        self._count(message.get("step_cache"))
         return reply["out"].to(x.device)
 
     def _step_cache(self, options: Mapping[str, Any], timesteps: Tensor) -> StepCache | None:

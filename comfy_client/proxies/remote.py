@@ -1,8 +1,10 @@
 """A served model as its proxy uses it: one call at a time, and ComfyUI's cancel button ends the wait."""
 
+import logging
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from comfy import model_management
@@ -11,8 +13,12 @@ from torch import Tensor
 from comfy_client.server import Server
 from protocol.messages import DescribeModel, ModelDescription, Request, ServedModel, validate
 
+log = logging.getLogger(__name__)
+
 _INTERRUPT_POLL_SECONDS = 0.05
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Remote:
 
     server: Server
     description: ModelDescription
+    _told: set[str] = field(default_factory=set)
 
     @classmethod
     def find(cls, server: Server, name: str) -> "Remote":
@@ -43,36 +50,56 @@ class Remote:
     @property
     def dtype(self) -> torch.dtype:
         """What its workers compute in; float32 while none is loaded."""
-        return next((DTYPES[worker.dtype] for worker in self.model.workers if worker.dtype), torch.float32)
+        return next((_DTYPES[worker.dtype] for worker in self.model.workers if worker.dtype), torch.float32)
 
     def meta_tensors(self, component: str) -> dict[str, Tensor]:
         """{key without prefix: tensor on the meta device}: names, shapes and dtype, no weights."""
         shapes = self.description.shapes[component]
         return {key: torch.empty(shape, dtype=self.dtype, device="meta") for key, shape in shapes.items()}
 
-    def ask(self, request: Request, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The reply's tensors.
-
-        The call runs in a thread of its own, because nothing can end a blocking read early: when the user cancels, it
-        is left behind, and its reply is dropped.
+    def ask(self, request: Request, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The reply's message and tensors.
 
         Raises:
             InterruptProcessingException: the user cancelled.
             LunaError: whatever the server told.
         """
-        outcome: list[dict[str, Tensor] | BaseException] = []
+        message, reply = interruptible(lambda: self.server.call(self.model.name, request, tensors))
+        for report in message.get("lora", []):
+            self._tell_unmatched(report)
+        return message, reply
 
-        def call() -> None:
-            try:
-                outcome.append(self.server.call(self.model.name, request, tensors)[1])
-            except BaseException as error:
-                outcome.append(error)
+    def _tell_unmatched(self, report: dict[str, Any]) -> None:
+        lora = report.get("name") or report.get("content")
+        if report.get("unmatched") and lora not in self._told:
+            self._told.add(lora)
+            names = ", ".join(report["unmatched_names"][:5])
+            log.warning("LoRA %s: %d tensors fit nothing in %s: %s", lora, report["unmatched"], self.model.name, names)
 
-        thread = threading.Thread(target=call, name=f"luna {self.model.name}", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_INTERRUPT_POLL_SECONDS)
-            model_management.throw_exception_if_processing_interrupted()
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0]
+
+def interruptible(call: Callable[[], Result]) -> Result:
+    """What `call` returns.
+
+    It runs in a thread of its own, because nothing can end a blocking read early: when the user cancels, it is left
+    behind and its outcome dropped.
+
+    Raises:
+        InterruptProcessingException: the user cancelled.
+    """
+    outcome: list[Result] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="luna call", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_INTERRUPT_POLL_SECONDS)
+        model_management.throw_exception_if_processing_interrupted()
+    if failure:
+        raise failure[0]
+    return outcome[0]

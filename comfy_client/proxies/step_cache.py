@@ -18,6 +18,7 @@ class StepCacheSettings:
     residual_threshold: relative change of the first block's residual below which a step is reused.
     max_consecutive_hits: -1 for no bound.
     preset: a tuned policy instead of all of these, or "none".
+    sampler: ComfyUI's name of the sampler a preset should suit; None where it is not known yet.
 
     Raises:
         ValueError: start_percent is not below end_percent.
@@ -28,6 +29,7 @@ class StepCacheSettings:
     residual_threshold: float = 0.1
     max_consecutive_hits: int = -1
     preset: str = "none"
+    sampler: str | None = None
 
     def __post_init__(self) -> None:
         if self.start_percent >= self.end_percent:
@@ -39,7 +41,7 @@ class StepCacheSettings:
     def request(self, session: str, step: int, conds: list[str], timestep_at: Callable[[float], float]) -> StepCache:
         """What a forward sends; `timestep_at` maps a percent of the run to the model's timestep."""
         if self.preset != "none":
-            return StepCache(session=session, step=step, conds=conds, preset=self.preset)
+            return StepCache(session=session, step=step, conds=conds, preset=self.preset, sampler=self.sampler)
         return StepCache(
             session=session,
             step=step,

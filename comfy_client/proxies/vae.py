@@ -52,10 +52,11 @@ class RemoteAutoencoder(nn.Module):
 
     def _ask(self, request: Request, name: str, tensor: Tensor, reply: str) -> Tensor:
         try:
-            return self.remote.ask(request, {name: tensor})[reply].to(tensor.device)
+            _, tensors = self.remote.ask(request, {name: tensor})
         except OutOfMemory as error:
             # ComfyUI's own answer to this exception is to go on tile by tile.
             raise model_management.OOM_EXCEPTION(str(error)) from error
+        return tensors[reply].to(tensor.device)
 
 
 def _next_to_nothing(*_args: Any, **_options: Any) -> int:
