@@ -88,21 +88,20 @@ class Server:
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The reply's message and tensors.
 
-        Tensors that `request.references` names, and those of LoRAs (lora.CONTENT.NAME), are sent only when the worker
-        says that it lacks them. A call is tried again while that may help: forwards are pure, and doing one twice does
-        no harm.
+        Tensors that `request.references` names, and LoRAs of the client's own, are sent only when the worker says that
+        it lacks them. A call is tried again while that may help: forwards are pure, and doing one twice does no harm.
         """
         tensors = tensors or {}
-        held_back = request.references | {name: name.split(".")[1] for name in tensors if name.startswith("lora.")}
-        sent = {name: tensor for name, tensor in tensors.items() if name not in held_back}
+        hashes = {name: _known_as(name, request) for name in tensors}
+        sent = {name: tensor for name, tensor in tensors.items() if hashes[name] is None}
         while True:
             message, reply = unpack(self._predict(model, pack(request, sent)))
             if message.get("kind") != "missing":
                 return message, reply
-            hashes = validate(Missing, message).hashes
-            lacking = {name: tensors[name] for name, own in held_back.items() if own in hashes and name in tensors}
+            missing = validate(Missing, message).hashes
+            lacking = {name: tensor for name, tensor in tensors.items() if hashes[name] in missing}
             if not lacking.keys() - sent.keys():
-                raise Internal(f"{model} asks for tensors it was sent or that this request does not have: {hashes}")
+                raise Internal(f"{model} asks for tensors that it was sent, or that this request lacks: {missing}")
             sent |= lacking
 
     def index(self) -> Index:
@@ -314,6 +313,13 @@ class _WorkerDied(Internal):
 
 class _AlreadyThere(LunaError):
     """A model of that name is registered."""
+
+
+def _known_as(tensor: str, request: Request) -> str | None:
+    """The hash that stands for a tensor, or None where it always travels."""
+    if tensor.startswith("lora."):
+        return tensor.split(".", 2)[1]
+    return request.references.get(tensor)
 
 
 def _token_refused(response: urllib3.BaseHTTPResponse) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -38,12 +39,9 @@ class Ports:
 
     @classmethod
     def free(cls) -> "Ports":
-        """Ports that nothing listens on now."""
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
-        ports = [each.getsockname()[1] for each in sockets]
-        for each in sockets:
-            each.close()
-        return cls(*ports)
+        """Ports that nothing uses now, from below those that systems give to outgoing connections."""
+        candidates = random.sample(range(20000, 32000), 100)
+        return cls(*[port for port in candidates if _is_free(port)][:6])
 
 
 class TorchServe:
@@ -93,7 +91,8 @@ class TorchServe:
     def start(self) -> "TorchServe":
         """Start, and return once the server answers."""
         for name, port in vars(self.ports).items():
-            _require_free(name, port)
+            if not _is_free(port):
+                raise RuntimeError(f"port {port} ({name}) is taken: stop what listens there, or choose another --port")
         self.store.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.key_file.unlink(missing_ok=True)
@@ -197,13 +196,12 @@ def _read_properties(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip().replace("\\\\", "\\") for key, value in pairs}
 
 
-def _require_free(name: str, port: int) -> None:
+def _is_free(port: int) -> bool:
     try:
         socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise RuntimeError(
-            f"port {port} ({name}) is taken: {error.strerror}. Stop what listens there, or choose another --port."
-        ) from error
+    except OSError:
+        return False
+    return True
 
 
 def _answers(port: int) -> bool:
