@@ -54,7 +54,7 @@ class RemoteCLIP(CLIP):
     """ComfyUI's CLIP; only what reads the weights is refused."""
 
     def get_sd(self):
-        refuse("Saving a text encoder (CLIPSave, CheckpointSave)", "reads the weights")
+        refuse("CLIPSave or CheckpointSave", "reads the weights")
 
     def clone(self, *args: Any, **options: Any) -> "RemoteCLIP":
         clone = super().clone(*args, **options)

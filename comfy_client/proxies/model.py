@@ -166,4 +166,4 @@ def _no_memory(*_args: Any, **_options: Any) -> int:
 
 
 def _refuse_saving(*_args: Any, **_options: Any):
-    refuse("Saving a model (ModelSave, CheckpointSave)", "reads the weights")
+    refuse("ModelSave or CheckpointSave", "reads the weights")

@@ -111,7 +111,7 @@ class RemotePatcher(ModelPatcher):
     # What needs the weights
 
     def get_key_patches(self, filter_prefix=None):
-        refuse("Model merging or saving (ModelMerge..., ModelSave, CheckpointSave, CLIPMerge...)", "reads the weights")
+        refuse("A ModelMerge or CLIPMerge node", "reads the weights")
 
     def set_model_compute_dtype(self, dtype):
         refuse("ModelComputeDtype", "sets what the weights are computed in")

@@ -25,7 +25,7 @@ def refuse(node: str, what: str) -> NoReturn:
     """Raise for `node`, which wants `what`."""
     raise NotRemote(
         f"{node} {what}, and those of this model are on the LunaServe server. "
-        f"Remove {node}, or load the model locally (Luna Model Router: daemon_mode force_local)."
+        f"Take it out, or load the model locally (Luna Model Router: daemon_mode force_local)."
     )
 
 

@@ -31,7 +31,7 @@ class RemoteVAE(VAE):
         self.patcher = RemotePatcher.around(self.first_stage_model)
 
     def get_sd(self):
-        refuse("Saving a VAE (VAESave, CheckpointSave)", "reads the weights")
+        refuse("VAESave or CheckpointSave", "reads the weights")
 
 
 class RemoteAutoencoder(nn.Module):

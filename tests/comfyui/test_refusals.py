@@ -50,10 +50,9 @@ PATCHES: dict[str, tuple[Patch, str]] = {
     ),
     "ModelMergeSimple": (
         lambda g, model: g("ModelMergeSimple", model1=model, model2=model, ratio=0.5),
-        "Model merging or saving",
+        "A ModelMerge or CLIPMerge node reads the weights",
     ),
     "ModelComputeDtype": (_node("ModelComputeDtype", dtype="fp32"), "ModelComputeDtype sets what the weights"),
-    "TorchCompileModel": (_node("TorchCompileModel", backend="inductor"), "TorchCompileModel"),
 }
 
 
