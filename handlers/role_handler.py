@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from handlers.engine.lora_overlays import Stack
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.transport import JSON, Transport, is_plain_json
@@ -29,10 +30,11 @@ R = TypeVar("R", bound=Request)
 @dataclass
 class Item(Generic[R]):
     """One client's request with its tensors, as they came: on the CPU, in memory that is the client's again once it has
-    its reply. What is kept for longer has to be cloned."""
+    its reply; what is kept for longer has to be cloned. `stack` is its LoRAs, for roles that take some."""
 
     request: R
     tensors: dict[str, Tensor]
+    stack: Stack = field(default_factory=Stack)
 
     def take(self, name: str, ndim: int) -> Tensor:
         """The tensor `name`, which must have `ndim` dimensions.
@@ -74,6 +76,10 @@ class RoleHandler:
     def weights_bytes(self) -> int:
         """Bytes of weights this worker holds."""
         return 0
+
+    def missing(self, item: Item) -> list[str]:
+        """Content hashes, beside those of `references`, that the client has to send first."""
+        return []
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
@@ -140,7 +146,8 @@ class RoleHandler:
             raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = self.transport.receive(row)
         request = parse_request(message, self.accepts)
-        missing = []
+        item = Item(request, tensors)
+        missing = self.missing(item)
         for name, key in request.references.items():
             if name in tensors:
                 self.tensors.put(key, tensors[name])
@@ -150,7 +157,6 @@ class RoleHandler:
                 missing.append(key)
         if missing:
             return Reply(Missing(hashes=missing), {})
-        item = Item(request, tensors)
         self.check(item)
         items[index] = item
         return None
