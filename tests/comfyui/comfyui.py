@@ -99,7 +99,8 @@ class ComfyUI:
         command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu"]
         command += ["--use-pytorch-cross-attention", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--extra-model-paths-config", str(self.base / "paths.yaml")]
-        command += ["--disable-api-nodes"]
+        # The server computes text encoders in fp32; with them in fp16 here, LoRA would be rounded to that.
+        command += ["--disable-api-nodes", "--fp32-text-enc"]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=source, env=self._environment, stdout=log, stderr=subprocess.STDOUT
