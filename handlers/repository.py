@@ -66,11 +66,8 @@ class RepositoryHandler(RoleHandler):
         path = settings.checkpoint_path()
         header = read_header(path)
         part = detect(header).parts[settings.role]
-        about = path.stat()
-        identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode()
         return ModelDescription(
             model=_served(request.model, settings, workers),
-            fingerprint=hashlib.blake2b(identity, digest_size=16).hexdigest(),
             shapes={component: part_shapes(header, part, component) for component in part.prefixes},
             markers=read_scalars(path, [name for name in _MARKERS if name in header]),
         )
@@ -121,5 +118,16 @@ def _served(name: str, settings: HandlerSettings, workers: dict[str, list[Worker
         role=settings.role,
         family=settings.family,
         checkpoint=settings.checkpoint,
+        fingerprint=_fingerprint(settings),
         workers=workers.get(name.removesuffix(f"/{FIRST_VERSION}"), []),
     )
+
+
+def _fingerprint(settings: HandlerSettings) -> str | None:
+    try:
+        path = settings.checkpoint_path()
+        about = path.stat()
+    except (NotFound, OSError):
+        return None
+    identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
