@@ -7,12 +7,13 @@ together run as one, and each gets its own reply or its own error: what one clie
 import logging
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from handlers.engine.lora_overlays import Stack
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
 from handlers.transport import JSON, Transport, is_plain_json
@@ -29,17 +30,18 @@ R = TypeVar("R", bound=Request)
 @dataclass
 class Item(Generic[R]):
     """One client's request with its tensors, as they came: on the CPU, in memory that is the client's again once it has
-    its reply. What is kept for longer has to be cloned."""
+    its reply; what is kept for longer has to be cloned. `stack` is its LoRAs, for roles that take some."""
 
     request: R
     tensors: dict[str, Tensor]
+    stack: Stack = field(default_factory=Stack)
 
-    def take(self, name: str, ndim: int) -> Tensor:
-        """The tensor `name`, which must have `ndim` dimensions.
+    def take(self, name: str, ndim: int, floating: bool = True) -> Tensor:
+        """The tensor `name`, which must have `ndim` dimensions, of a floating dtype or of an integer one.
 
         Raises:
             Malformed: it was not sent.
-            Impossible: it has other dimensions.
+            Impossible: it has other dimensions, or the other kind of dtype.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -47,13 +49,18 @@ class Item(Generic[R]):
             raise Malformed(f"the tensor {name!r} is missing", f"sent were: {sent}")
         if tensor.ndim != ndim:
             raise Impossible(f"{name} has shape {list(tensor.shape)}", f"it needs {ndim} dimensions")
+        if tensor.is_floating_point() != floating or tensor.dtype == torch.bool:
+            raise Impossible(f"{name} is {str(tensor.dtype)[6:]}", f"send {'float32' if floating else 'int64'}")
         return tensor
 
 
 @dataclass
 class Reply:
+    """A message, its tensors, and by how much this request raises counters that metrics.yaml declares."""
+
     message: Message
     tensors: dict[str, Tensor]
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 class RoleHandler:
@@ -71,6 +78,10 @@ class RoleHandler:
     def weights_bytes(self) -> int:
         """Bytes of weights this worker holds."""
         return 0
+
+    def missing(self, item: Item) -> list[str]:
+        """Content hashes, beside those of `references`, that the client has to send first."""
+        return []
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
@@ -137,7 +148,8 @@ class RoleHandler:
             raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = self.transport.receive(row)
         request = parse_request(message, self.accepts)
-        missing = []
+        item = Item(request, tensors)
+        missing = self.missing(item)
         for name, key in request.references.items():
             if name in tensors:
                 self.tensors.put(key, tensors[name])
@@ -147,7 +159,6 @@ class RoleHandler:
                 missing.append(key)
         if missing:
             return Reply(Missing(hashes=missing), {})
-        item = Item(request, tensors)
         self.check(item)
         items[index] = item
         return None
@@ -190,6 +201,8 @@ class RoleHandler:
             if outcome.retry_after is not None:
                 context.set_response_header(index, "Retry-After", str(max(1, round(outcome.retry_after))))
             return outcome.to_json()
+        for name, amount in outcome.counters.items():
+            context.metrics.add_counter(name, amount)
         if not outcome.tensors and is_plain_json(row):
             content_type, body = JSON, outcome.message.model_dump_json().encode()
         else:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,14 +34,17 @@ class Ports:
 
     @classmethod
     def from_first(cls, first: int) -> "Ports":
-        """Three in a row from `first` on for inference, management and metrics, or, for 0, any that are free."""
+        """Three in a row from `first` on for inference, management and metrics; for 0, where there are free ones."""
         return replace(cls(), inference=first, management=first + 1, metrics=first + 2) if first else cls.free()
 
     @classmethod
     def free(cls) -> "Ports":
-        """Ports that nothing uses now, from below those that systems give to outgoing connections."""
-        candidates = random.sample(range(20000, 32000), 100)
-        return cls(*[port for port in candidates if _is_free(port)][:6])
+        """Ports in a row that nothing uses now, from below those that systems give to outgoing connections."""
+        while True:
+            first = random.randrange(20000, 32000)
+            ports = cls(*range(first, first + len(fields(cls))))
+            if all(map(_is_free, vars(ports).values())):
+                return ports
 
 
 class TorchServe:
@@ -172,6 +175,9 @@ class TorchServe:
             "LUNA_RUN": str(self.run),
             "LUNA_MODEL_STORE": str(self.store),
             "HF_HUB_OFFLINE": "1",
+            # Workers share the cores with each other and with the clients; threads that spin while they wait made a
+            # forward nine times slower there.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
 
     def _wait_for_answer(self) -> None:
