@@ -14,13 +14,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import torch
-import urllib3
 
+from comfy_client.connections import Connections, NotConnected, Response
 from comfy_client.transport import Answer, Body, Transport
 from protocol.blob import Blob
 from protocol.errors import (
@@ -98,7 +99,10 @@ class Server:
         self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
         self.timeouts = timeouts
         self._session = uuid.uuid4().hex
-        self._http = urllib3.PoolManager(num_pools=2, maxsize=connections, retries=False)
+        self._connections = {
+            address: Connections(address, timeouts.connect, timeouts.answer, connections)
+            for address in (self.inference, self.management)
+        }
         self._transport = Transport(self.inference)
         self._tokens = _Tokens(key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE)), self._renew)
 
@@ -285,9 +289,7 @@ class Server:
     def _renew(self, kind: str, api_key: str) -> None:
         self._exchange("GET", self.management, f"/token?type={kind}", api_key, None)
 
-    def _send(
-        self, method: str, address: str, path: str, kind: str, body: Body | None = None
-    ) -> urllib3.BaseHTTPResponse:
+    def _send(self, method: str, address: str, path: str, kind: str, body: Body | None = None) -> Response:
         token = self._tokens.current(kind)
         response = self._exchange(method, address, path, token, body)
         if _token_refused(response):
@@ -300,30 +302,27 @@ class Server:
                 )
         return response
 
-    def _exchange(
-        self, method: str, address: str, path: str, token: str | None, body: Body | None
-    ) -> urllib3.BaseHTTPResponse:
+    def _exchange(self, method: str, address: str, path: str, token: str | None, body: Body | None) -> Response:
         headers = {SESSION_HEADER: self._session} | ({"Content-Type": body.content_type} if body else {})
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
-        timeout = urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.answer)
         attempts = 1 if method == "DELETE" else 3
         for attempt in range(1, attempts + 1):
             try:
                 sent = body.fresh() if body else b""
                 headers["Content-Length"] = str(len(sent))
-                return self._http.request(method, address + path, body=_pieces(sent), headers=headers, timeout=timeout)
-            except urllib3.exceptions.ReadTimeoutError as error:
+                return self._connections[address].exchange(method, path, headers, _pieces(sent))
+            except TimeoutError as error:
                 raise Unavailable(
                     f"{address} did not answer within {self.timeouts.answer:.0f} s", "Timeouts.answer sets the limit"
                 ) from error
-            except urllib3.exceptions.ProtocolError as error:  # a kept-alive connection that the server had closed
-                if attempt == attempts:
-                    raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
-            except urllib3.exceptions.HTTPError as error:
+            except NotConnected as error:
                 raise Unreachable(
                     f"no server at {address}: {error}", "start it with scripts/serve.py, or correct the address"
                 ) from error
+            except (OSError, HTTPException) as error:  # a kept-alive connection that the server had closed
+                if attempt == attempts:
+                    raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
         raise AssertionError("unreachable")
 
 
@@ -412,11 +411,11 @@ def _known_as(tensor: str, request: Request) -> str | None:
     return request.references.get(tensor)
 
 
-def _token_refused(response: urllib3.BaseHTTPResponse) -> bool:
+def _token_refused(response: Response) -> bool:
     return response.status == 400 and b"InvalidKeyException" in response.data
 
 
-def _fault(response: urllib3.BaseHTTPResponse, model: str, sent: int) -> LunaError:
+def _fault(response: Response, model: str, sent: int) -> LunaError:
     """What the server told, ours or TorchServe's."""
     status, retry_after = response.status, response.headers.get("Retry-After")
     own = from_json(response.data, float(retry_after) if retry_after else None)
