@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.lora_names import unet_targets
 from handlers.engine.step_cache import Outcome, Row, StepCache, rows_of
 from handlers.engine.step_presets import Presets
 from handlers.engine.unet import Control, UNet
-from handlers.role_handler import Item, Reply, RoleHandler
+from handlers.patched_handler import PatchedHandler
+from handlers.role_handler import Item, Reply
 from protocol.errors import Impossible, Malformed
 from protocol.messages import StepCacheReport, UNetForward, UNetOutput
 
@@ -19,7 +21,7 @@ MAX_ROWS = 64
 _PLACES = ("input", "middle", "output")
 
 
-class UNetHandler(RoleHandler):
+class UNetHandler(PatchedHandler):
     accepts = (UNetForward,)
 
     def load(self) -> None:
@@ -27,6 +29,7 @@ class UNetHandler(RoleHandler):
         self.unet = UNet.load(path, detect(read_header(path)).parts["unet"], self.dtype, self.device)
         self.step_cache = StepCache(self.unet, self.settings.step_cache_mb << 20, self.settings.step_cache_ttl)
         self.presets = Presets.load(path)
+        self.take_loras(self.unet.model, unet_targets(self.unet.names))
 
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.unet.model.parameters())
@@ -57,12 +60,15 @@ class UNetHandler(RoleHandler):
             if not tensor.ndim or len(tensor) != rows:
                 raise Impossible(f"{name} has shape {list(tensor.shape)}", f"x has {rows} rows, so must {name}")
         _control(item.tensors)
-        self._rows(item)
+        self._cache_rows(item)
+
+    def rows(self, item: Item[UNetForward]) -> int:
+        return len(item.tensors["x"])
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
 
-    def run(self, items: list[Item[UNetForward]]) -> list[Reply]:
+    def run_patched(self, items: list[Item[UNetForward]]) -> list[Reply]:
         joined = {name: self._joined(items, name) for name in items[0].tensors}
         y = joined.get("y")
         out, outcomes = self.step_cache.forward(
@@ -71,13 +77,13 @@ class UNetHandler(RoleHandler):
             joined["context"].to(self.dtype),
             None if y is None else y.to(self.dtype),
             _control(joined),
-            [row for item in items for row in self._rows(item)],
+            [row for item in items for row in self._cache_rows(item)],
         )
         parts = out.cpu().split([len(item.tensors["x"]) for item in items])
         outcomes = iter(outcomes)
         return [_reply(item, part, list(islice(outcomes, len(part)))) for item, part in zip(items, parts, strict=True)]
 
-    def _rows(self, item: Item[UNetForward]) -> list[Row | None]:
+    def _cache_rows(self, item: Item[UNetForward]) -> list[Row | None]:
         cache, count = item.request.step_cache, len(item.tensors["x"])
         if cache is None:
             return [None] * count
@@ -85,8 +91,7 @@ class UNetHandler(RoleHandler):
             raise Impossible(f"step_cache names {len(cache.conds)} conds", f"x has {count} rows, so must conds")
         policy, window = self.presets.resolve(cache)
         self.step_cache.check(policy)
-        loras = item.request.model_dump_json(include={"lora", "hook_lora"})
-        return rows_of(cache.session, cache.step, cache.conds, policy, window, variant=loras)
+        return rows_of(cache.session, cache.step, cache.conds, policy, window, variant=item.stack)
 
     def _joined(self, items: list[Item], name: str) -> Tensor:
         tensors = [item.tensors[name].to(self.device) for item in items]
