@@ -133,9 +133,13 @@ class Server:
         return self._manage("GET", f"/models/{quote(model)}")[0]
 
     def register(self, archive: str) -> bool:
-        """Have an archive of the store (a file name) loaded; `wait_ready` tells when it is. False if it was already."""
+        """Have an archive of the store loaded as the model that its file is named after; `wait_ready` tells when it is.
+
+        The result is False where that model was registered already.
+        """
+        query = {"url": archive, "model_name": archive.removesuffix(".mar"), "synchronous": "false"}
         try:
-            self._manage("POST", f"/models?{urlencode({'url': archive, 'synchronous': 'false'})}")
+            self._manage("POST", f"/models?{urlencode(query)}")
         except _AlreadyThere:
             return False
         return True
@@ -190,7 +194,7 @@ class Server:
         deaths = 0
         while True:
             response = self._send("POST", self.inference, f"/predictions/{quote(model)}", "inference", body)
-            if response.status == 200:
+            if response.status < 300:
                 return Answer(response.headers.get("Content-Type", ""), response.data)
             error = _fault(response, model, body.blob_bytes)
             if isinstance(error, _WorkerDied):
@@ -338,8 +342,8 @@ def _token_refused(response: urllib3.BaseHTTPResponse) -> bool:
 
 def _fault(response: urllib3.BaseHTTPResponse, model: str, sent: int) -> LunaError:
     """What the server told, ours or TorchServe's."""
-    status, retry_after = response.status, response.headers.get("Retry-After")
-    own = from_json(response.data, float(retry_after) if retry_after else None)
+    status, retry_after = response.status, response.headers.get("Retry-After", "")
+    own = from_json(response.data, float(retry_after) if retry_after.isdecimal() else None)
     if own is not None:
         return own
     try:

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import Targets
 from handlers.engine.lora_overlays import Match, Overlays
 from handlers.role_handler import Item, Reply, RoleHandler
-from handlers.settings import HandlerSettings
 from protocol.errors import Malformed
 from protocol.messages import LoraReport, Patched
 
@@ -17,21 +15,8 @@ UPLOAD = "lora."
 MAX_NAMES = 256
 
 
-class PatchedSettings(HandlerSettings):
-    """Settings of roles that take LoRAs.
-
-    lora_cache_mb bounds the parsed LoRAs in host memory, lora_overlay_mb the merged weights on the device; None lets
-    these take their share of what is free (`FREE_SHARE`).
-    """
-
-    lora_cache_mb: int = Field(default=2048, ge=0)
-    lora_overlay_mb: int | None = Field(default=None, ge=0)
-
-
 class PatchedHandler(RoleHandler):
     """A RoleHandler whose subclasses call `take_loras` when they load, and answer `run_patched` instead of `run`."""
-
-    settings_type = PatchedSettings
 
     def run_patched(self, items: list[Item]) -> list[Reply]:
         """Replies to requests of one group, while the model has their LoRAs."""

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from handlers.engine.checkpoints import detect, part_shapes, read_header, read_scalars
 from handlers.role_handler import Item, Reply, RoleHandler
-from handlers.settings import HandlerSettings
+from handlers.settings import HandlerSettings, settings_of
 from handlers.worker_state import live_workers
 from protocol.errors import NotFound
 from protocol.messages import (
@@ -69,9 +69,7 @@ def _settings(archive: Path) -> HandlerSettings | None:
     """None for a file that is no archive of ours, or is being written just now."""
     try:
         with zipfile.ZipFile(archive) as content:
-            settings = yaml.safe_load(content.read("model-config.yaml"))["handler"]
-        shared = {name: settings[name] for name in HandlerSettings.model_fields if name in settings}
-        return HandlerSettings.model_validate(shared)
+            return settings_of(yaml.safe_load(content.read("model-config.yaml"))["handler"])
     except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValidationError, yaml.YAMLError):
         return None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from handlers.engine.lora_overlays import Stack
 from handlers.engine.tensor_cache import TensorCache
-from handlers.settings import HandlerSettings
+from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import WorkerState
 from protocol.blob import Blob
@@ -67,7 +67,6 @@ class RoleHandler:
     """A TorchServe handler for one role; subclasses say what they accept, load and run."""
 
     accepts: tuple[type[Request], ...] = ()
-    settings_type: type[HandlerSettings] = HandlerSettings
 
     # What a role defines
 
@@ -134,7 +133,7 @@ class RoleHandler:
         # A server can be told of GPUs that are not there, to try out an assignment: it then runs on the CPU.
         cuda = assigned is not None and torch.cuda.is_available()
         self.device = torch.device(f"cuda:{assigned}") if cuda else torch.device("cpu")
-        self.settings = self.settings_type.model_validate(context.model_yaml_config["handler"])
+        self.settings = settings_of(context.model_yaml_config["handler"])
         self.dtype = self.settings.compute_dtype(self.device)
         self.transport = Transport()
         self.tensors = TensorCache(self.settings.tensor_cache_mb << 20)

@@ -22,6 +22,7 @@ from protocol.errors import LunaError
 from protocol.messages import ClipText, DescribeModel, ModelDescription, UNetForward, VaeDecode, validate
 from serving.archives import pack_checkpoint, pack_repository
 from serving.loading import load, overview
+from serving.specs import SpecError
 from serving.stopping import Stopped, stop_on_signals
 from serving.torchserve import ROOT, Ports, TorchServe
 
@@ -134,7 +135,7 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except (LunaError, RuntimeError) as error:
+    except (LunaError, SpecError, RuntimeError) as error:
         console.print(f"[red]{error}")
         return 1
     finally:

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from comfy_client.server import Server
 from handlers.engine.roots import Roots
+from protocol.errors import LunaError
 from serving.archives import pack_repository, refresh
 from serving.loading import load, overview
+from serving.specs import SpecError
 from serving.stopping import Stopped, stop_on_signals
 from serving.torchserve import ROOT, Ports, TorchServe
 
@@ -35,7 +37,8 @@ def main() -> int:
     stop_on_signals()
     try:
         pack_repository(arguments.store)
-        models = [archive.model for archive in refresh(arguments.store)]
+        refresh(arguments.store)
+        models = sorted(path.stem for path in arguments.store.glob("*.mar"))
         with TorchServe(arguments.store, arguments.run, Ports.from_first(arguments.port)) as torchserve:
             server = Server(torchserve.inference, torchserve.management, torchserve.key_file)
             load(server, models, console)
@@ -51,7 +54,7 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except RuntimeError as error:
+    except (LunaError, SpecError, RuntimeError) as error:
         console.print(f"[red]{error}")
         return 1
 
