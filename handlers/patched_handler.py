@@ -1,6 +1,7 @@
 """What the roles share whose weights LoRAs patch: uploads, stacks, the choice between merging and not, reports."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,6 +14,13 @@ from protocol.messages import LoraReport, Patched
 
 UPLOAD = "lora."
 MAX_NAMES = 256
+_COUNTERS = {
+    "LoraMerges": "merges",
+    "LoraOverlayHits": "hits",
+    "LoraEvictions": "evictions",
+    "LoraUnmergedForwards": "unmerged_forwards",
+    "LoraMergeSeconds": "merge_seconds",
+}
 
 
 class PatchedHandler(RoleHandler):
@@ -45,6 +53,16 @@ class PatchedHandler(RoleHandler):
         return self.overlays.missing(item.stack)
 
     def run(self, items: list[Item[Patched]]) -> list[Reply]:
+        before = replace(self.overlays.counters)
+        replies = self._run(items)
+        counters = self.overlays.counters
+        risen = {metric: getattr(counters, name) - getattr(before, name) for metric, name in _COUNTERS.items()}
+        replies[0].counters |= {metric: amount for metric, amount in risen.items() if amount}
+        if risen["LoraMerges"] or risen["LoraEvictions"]:
+            replies[0].sizes["LoraOverlayBytes"] = counters.nbytes
+        return replies
+
+    def _run(self, items: list[Item[Patched]]) -> list[Reply]:
         """Row-wise beside the weights where one overlay for each stack would not fit in memory and every stack can do
         without merging; else stack by stack, merged."""
         stacks = dict.fromkeys(item.stack for item in items)

@@ -58,8 +58,8 @@ class HandlerSettings(BaseModel):
 class PatchedSettings(HandlerSettings):
     """Settings of roles that take LoRAs.
 
-    lora_cache_mb bounds the parsed LoRAs in host memory, lora_overlay_mb the merged weights on the device; None lets
-    these take their share of what is free (`FREE_SHARE`).
+    LoRAs as read and sent take lora_cache_mb of host memory, weights with LoRAs merged in lora_overlay_mb of the
+    device's; without the latter, `FREE_SHARE` of what is free.
     """
 
     lora_cache_mb: int = Field(default=2048, ge=0)
@@ -67,20 +67,42 @@ class PatchedSettings(HandlerSettings):
 
 
 class UNetSettings(PatchedSettings):
-    """step_cache_mb bounds the step cache, which drops what a sampling run has not used for step_cache_ttl seconds."""
+    """The step cache holds at most step_cache_mb, and drops what a run has not used for step_cache_ttl seconds."""
 
     step_cache_mb: int = Field(default=1024, ge=0)
     step_cache_ttl: float = Field(default=300, gt=0, allow_inf_nan=False)
 
 
+class QueueSettings(HandlerSettings):
+    """Settings of roles that open the decode queue.
+
+    It holds at most queue_jobs jobs and queue_mb of their tensors, gives one up after queue_attempts failures, and lies
+    in the spool folder unless queue_database is another SQLAlchemy URL.
+    """
+
+    queue_jobs: int = Field(default=1000, ge=1)
+    queue_mb: int = Field(default=4096, ge=1)
+    queue_attempts: int = Field(default=5, ge=1)
+    queue_database: str | None = None
+
+
+class VaeSettings(QueueSettings):
+    """pictures_database is the SQLAlchemy URL of the pictures' records, by default a file in the spool folder; watcher
+    the URL that is told of them. Pictures of more than tile_pixels are decoded in tiles."""
+
+    pictures_database: str | None = None
+    watcher: str | None = None
+    tile_pixels: int = Field(default=2048 * 2048, ge=0)
+
+
 SETTINGS: dict[str, type[HandlerSettings]] = {
     "unet": UNetSettings,
     "clip": PatchedSettings,
-    "vae": HandlerSettings,
-    "repository": HandlerSettings,
+    "vae": VaeSettings,
+    "repository": QueueSettings,
 }
 
 
 def settings_of(handler: dict[str, Any]) -> HandlerSettings:
-    """The settings under the key `handler` of a model-config.yaml, as their role has them."""
+    """The settings of its role under the key `handler` of a model-config.yaml."""
     return SETTINGS[handler["role"]].model_validate(handler)

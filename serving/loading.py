@@ -1,6 +1,6 @@
 """Has models loaded and shows on the console how that goes, and what came of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -11,8 +11,15 @@ from protocol.errors import LunaError, Unavailable
 from protocol.messages import Index
 
 
-def load(server: Server, models: Iterable[str], console: Console) -> None:
-    """Register these models and wait for their workers, showing how it goes.
+def load(
+    server: Server,
+    models: Iterable[str],
+    console: Console,
+    workers: Mapping[str, int | None] | None = None,
+) -> None:
+    """Register the archives of these models and wait for their workers, showing how it goes.
+
+    `workers` says how many a model gets, where that is not the number that its archive asks for.
 
     A model that TorchServe refuses, or whose workers are late, is told on the console, and the others go on.
     """
@@ -27,7 +34,9 @@ def load(server: Server, models: Iterable[str], console: Console) -> None:
         registered = []
         for model, task in tasks.items():
             try:
-                server.register(f"{model}.mar")
+                server.load(model)
+                if count := (workers or {}).get(model):
+                    server.scale(model, count)
                 registered.append(model)
             except LunaError as error:
                 progress.update(task, completed=1, state=f"[red]{error}")
