@@ -62,6 +62,7 @@ def browser(chromium: str, chromedriver: str) -> Iterator[Browser]:
             options.add_argument(flag)
         options.page_load_strategy = "none"  # `Browser.open` waits for what it needs
         driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+        driver.set_script_timeout(300)
         try:
             yield Browser(driver)
         finally:
