@@ -1,8 +1,8 @@
 """Memory of several ComfyUIs that share one server, against the same number that load the checkpoint themselves.
 
-Needs COMFYUI_DIR (and COMFYUI_PYTHON). Every ComfyUI paints one picture and stays; then the proportional set sizes (PSS:
-memory shared by n processes counts 1/n in each) of all processes are summed. A small random checkpoint is used, so look
-at the difference between the sums and at the weights, which appear once with a server and once a ComfyUI without.
+Needs COMFYUI_DIR (and COMFYUI_PYTHON). Every ComfyUI paints one picture and stays; then the proportional set sizes of
+all processes are summed (PSS: memory shared by n processes counts 1/n in each). The checkpoint is small, so look at the
+difference between the sums and at the weights, which appear once with a server and once a ComfyUI without.
 
     python -m benchmarks.comfyui_memory --instances 3
 """
