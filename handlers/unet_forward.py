@@ -65,6 +65,9 @@ class UNetHandler(PatchedHandler):
     def rows(self, item: Item[UNetForward]) -> int:
         return len(item.tensors["x"])
 
+    def may_leave(self, item: Item[UNetForward]) -> bool:
+        return item.request.step_cache is not None
+
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
 
