@@ -11,16 +11,17 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import torch
-import urllib3
 
+from comfy_client.connections import Connections, NotConnected, Response
 from comfy_client.transport import Answer, Body, Transport
 from protocol.blob import Blob
 from protocol.errors import (
@@ -41,6 +42,7 @@ KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
 # The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
 SESSION_HEADER = "Luna-Session"
 _RENEW_BEFORE = timedelta(seconds=60)
+_PIECE = 1 << 20
 _POLL_SECONDS = 0.3  # TorchServe runs nvidia-smi for every description
 
 
@@ -60,11 +62,11 @@ class Unauthorized(LunaError):
 class Timeouts:
     """In seconds.
 
-    answer: for one reply; a forward on a CPU may need many. patience: how long a call is repeated while the server is
-    full or loading, or its worker restarts.
+    connect: to be connected, and for each megabyte of a request to be taken. answer: for one reply; a forward on a CPU
+    may need many. patience: how long a call is repeated while the server is full or loading, or its worker restarts.
     """
 
-    connect: float = 5
+    connect: float = 10
     answer: float = 600
     patience: float = 60
 
@@ -97,7 +99,10 @@ class Server:
         self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
         self.timeouts = timeouts
         self._session = uuid.uuid4().hex
-        self._http = urllib3.PoolManager(num_pools=2, maxsize=connections, retries=False)
+        self._connections = {
+            address: Connections(address, timeouts.connect, timeouts.answer, connections)
+            for address in (self.inference, self.management)
+        }
         self._transport = Transport(self.inference)
         fixed = os.environ.get("LUNA_TOKEN")
         key_file = key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE))
@@ -246,8 +251,8 @@ class Server:
         deaths = 0
         while True:
             response = self._send("POST", self.inference, f"/predictions/{quote(model)}", "inference", body)
-            if response.status == 200:
-                return Answer(response.headers["Content-Type"], response.data)
+            if response.status in (200, 202):
+                return Answer(response.headers.get("Content-Type", ""), response.data)
             error = _fault(response, model, body.blob_bytes)
             if isinstance(error, _Refused):
                 error = self._why_refused(model)
@@ -286,9 +291,7 @@ class Server:
     def _renew(self, kind: str, api_key: str) -> None:
         self._exchange("GET", self.management, f"/token?type={kind}", api_key, None)
 
-    def _send(
-        self, method: str, address: str, path: str, kind: str, body: Body | None = None
-    ) -> urllib3.BaseHTTPResponse:
+    def _send(self, method: str, address: str, path: str, kind: str, body: Body | None = None) -> Response:
         token = self._tokens.current(kind)
         response = self._exchange(method, address, path, token, body)
         if _token_refused(response):
@@ -301,29 +304,27 @@ class Server:
                 )
         return response
 
-    def _exchange(
-        self, method: str, address: str, path: str, token: str | None, body: Body | None
-    ) -> urllib3.BaseHTTPResponse:
+    def _exchange(self, method: str, address: str, path: str, token: str | None, body: Body | None) -> Response:
         headers = {SESSION_HEADER: self._session} | ({"Content-Type": body.content_type} if body else {})
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
-        timeout = urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.answer)
         attempts = 1 if method == "DELETE" else 3
         for attempt in range(1, attempts + 1):
             try:
-                sent = body.fresh() if body else None
-                return self._http.request(method, address + path, body=sent, headers=headers, timeout=timeout)
-            except urllib3.exceptions.ReadTimeoutError as error:
+                sent = body.fresh() if body else b""
+                headers["Content-Length"] = str(len(sent))
+                return self._connections[address].exchange(method, path, headers, _pieces(sent))
+            except TimeoutError as error:
                 raise Unavailable(
                     f"{address} did not answer within {self.timeouts.answer:.0f} s", "Timeouts.answer sets the limit"
                 ) from error
-            except urllib3.exceptions.ProtocolError as error:  # a kept-alive connection that the server had closed
-                if attempt == attempts:
-                    raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
-            except urllib3.exceptions.HTTPError as error:
+            except NotConnected as error:
                 raise Unreachable(
                     f"no server at {address}: {error}", "start it with scripts/serve.py, or correct the address"
                 ) from error
+            except (OSError, HTTPException) as error:  # a kept-alive connection that the server had closed
+                if attempt == attempts:
+                    raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
         raise AssertionError("unreachable")
 
 
@@ -409,6 +410,11 @@ class _AlreadyThere(LunaError):
     """A model of that name is registered."""
 
 
+def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:
+    """One after the other, because a connection's time-out is for one piece, however large."""
+    return (memoryview(body)[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+
+
 def archive_name(model: str) -> str:
     """The file of the store for a model: X.unet.mar for "X.unet" and its first version "X.unet/1.0", X.unet@2.0.mar for
     "X.unet/2.0"."""
@@ -422,11 +428,11 @@ def _known_as(tensor: str, request: Request) -> str | None:
     return request.references.get(tensor)
 
 
-def _token_refused(response: urllib3.BaseHTTPResponse) -> bool:
+def _token_refused(response: Response) -> bool:
     return response.status == 400 and b"InvalidKeyException" in response.data
 
 
-def _fault(response: urllib3.BaseHTTPResponse, model: str, sent: int) -> LunaError:
+def _fault(response: Response, model: str, sent: int) -> LunaError:
     """What the server told, ours or TorchServe's."""
     status, retry_after = response.status, response.headers.get("Retry-After")
     own = from_json(response.data, float(retry_after) if retry_after else None)

@@ -1,4 +1,5 @@
-"""Answers what the store holds, what is loaded, and what a model is made of, like Triton's repository index."""
+"""Answers what the store holds, what is loaded, and what a model is made of, like Triton's repository index; and what
+the decode queue holds, which outlives the workers that fill and empty it."""
 
 import hashlib
 import os
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from handlers.engine.checkpoints import detect, part_shapes, read_header, read_scalars
 from handlers.engine.roots import Roots, find
+from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings
 from handlers.worker_state import FIRST_VERSION, live_workers
@@ -30,12 +32,14 @@ _MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
 class RepositoryHandler(RoleHandler):
-    accepts = (RepositoryIndex, DescribeModel)
+    accepts = (RepositoryIndex, DescribeModel, *QUEUE_REQUESTS)
 
     def load(self) -> None:
-        """Nothing to load: each answer is read afresh."""
+        self.queue = open_queue(self.settings)
 
     def run(self, items: list[Item]) -> list[Reply]:
+        if isinstance(items[0].request, QUEUE_REQUESTS):
+            return [Reply(answer(self.queue, item.request), {}) for item in items]
         # The server is the parent of every worker, this one included.
         workers = live_workers(self.settings.roots.run, os.getppid())
         answers = {RepositoryIndex: self._index, DescribeModel: self._describe}
@@ -62,11 +66,8 @@ class RepositoryHandler(RoleHandler):
         path = settings.checkpoint_path()
         header = read_header(path)
         part = detect(header).parts[settings.role]
-        about = path.stat()
-        identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode()
         return ModelDescription(
             model=_served(request.model, settings, workers),
-            fingerprint=hashlib.blake2b(identity, digest_size=16).hexdigest(),
             shapes={component: part_shapes(header, part, component) for component in part.prefixes},
             markers=read_scalars(path, [name for name in _MARKERS if name in header]),
         )
@@ -117,5 +118,16 @@ def _served(name: str, settings: HandlerSettings, workers: dict[str, list[Worker
         role=settings.role,
         family=settings.family,
         checkpoint=settings.checkpoint,
+        fingerprint=_fingerprint(settings),
         workers=workers.get(name.removesuffix(f"/{FIRST_VERSION}"), []),
     )
+
+
+def _fingerprint(settings: HandlerSettings) -> str | None:
+    try:
+        path = settings.checkpoint_path()
+        about = path.stat()
+    except (NotFound, OSError):
+        return None
+    identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()

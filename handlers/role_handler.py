@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -60,13 +61,14 @@ class Item(Generic[R]):
 
 @dataclass
 class Reply:
-    """A message, its tensors, by how much this request raises counters that metrics.yaml declares, and bytes that
-    gauges of it show from now on."""
+    """A message, its tensors, by how much this request raises counters that metrics.yaml declares, bytes that gauges of
+    it show from now on, and its status."""
 
     message: Message
     tensors: dict[str, Tensor]
     counters: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    status: int = 200
 
 
 class RoleHandler:
@@ -154,6 +156,7 @@ class RoleHandler:
         self.settings = self.settings_type.model_validate(context.model_yaml_config["handler"])
         self.dtype = self.settings.compute_dtype(self.device)
         self.transport = Transport()
+        self.model_name, self.metrics = context.model_name, context.metrics
         self.tensors = TensorCache(self.settings.tensor_cache_mb << 20)
         worker = Worker(
             pid=os.getpid(), state="loading", device=str(self.device), assigned_gpu=assigned, dtype=str(self.dtype)[6:]
@@ -239,4 +242,6 @@ class RoleHandler:
                 return self._encode(answer, row, context, index)
             content_type, body = answer
         context.set_response_content_type(index, content_type)
+        if outcome.status != 200:
+            context.set_response_status(outcome.status, HTTPStatus(outcome.status).phrase, index)
         return body

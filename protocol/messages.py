@@ -256,12 +256,14 @@ class ServedModel(Message):
     """An archive of the store, and its live workers: none when it is not loaded.
 
     name: NAME, or NAME/VERSION where the store has several versions.
+    fingerprint changes whenever the checkpoint's file does; None where the file is missing.
     """
 
     name: str
     role: Literal["unet", "clip", "vae", "repository"]
     family: str | None = None
     checkpoint: str | None = None
+    fingerprint: ContentHash | None = None
     workers: list[Worker] = []
 
 
@@ -290,14 +292,13 @@ class DescribeModel(Request):
 class ModelDescription(Message):
     """What a client has to know of weights that it does not hold.
 
-    fingerprint changes whenever the checkpoint's file does. shapes is {component: {key without prefix: shape}} with the
-    components "unet", "vae", "clip_l", "clip_g". markers are the file's scalar tensors that say how the UNet was
-    trained ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), 0 where the mere presence counts.
+    shapes is {component: {key without prefix: shape}} with the components "unet", "vae", "clip_l", "clip_g". markers
+    are the file's scalar tensors that say how the UNet was trained ("v_pred", "ztsnr", "edm_vpred.sigma_max",
+    "edm_vpred.sigma_min"), 0 where the mere presence counts.
     """
 
     kind: Literal["model_description"] = "model_description"
     model: ServedModel
-    fingerprint: ContentHash
     shapes: dict[str, dict[str, list[int]]]
     markers: dict[str, float] = {}
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DEPLOY = ROOT / "deploy"
 # Prometheus' own, and what it makes of a histogram.
 _FUNCTIONS = {"sum", "by", "rate", "max", "increase", "deriv", "and", "offset"}
-_LABELS = {"ModelName", "Outcome", "job", "model_name"}
+_LABELS = {"ModelName", "Outcome", "job", "model_name", "instance"}
 
 
 def needs(program: str) -> str:
@@ -100,6 +100,13 @@ def expressions() -> list[str]:
     rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text())["groups"][0]["rules"]
     panels = json.loads((DEPLOY / "grafana" / "lunaserve.json").read_text())["panels"]
     return [rule["expr"] for rule in rules] + [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def test_no_declaration_replaces_another():
+    """YAML takes the last of two equal keys, and TorchServe then drops the other's metrics in silence."""
+    text = (ROOT / "metrics.yaml").read_text().split("model_metrics:")[1]
+    keys = re.findall(r"^  (\w+):", text, re.MULTILINE)
+    assert len(keys) == len(set(keys))
 
 
 @pytest.mark.parametrize("expression", expressions())
