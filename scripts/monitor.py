@@ -79,7 +79,7 @@ def counters(metrics: Metrics) -> Table:
 
 
 class GpuLog:
-    """A row a reading: timestamp, elapsed_sec, and each GPU's gpuN_{used_gb,total_gb,percent,used_mb,free_mb}."""
+    """A row a reading: timestamp, elapsed_sec and, of each GPU, gpuN_ used_gb, total_gb, percent, used_mb, free_mb."""
 
     def __init__(self, file: TextIO, found: list[Gpu]) -> None:
         kinds = ("used_gb", "total_gb", "percent", "used_mb", "free_mb")
