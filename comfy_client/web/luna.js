@@ -34,10 +34,10 @@ class Panel {
     this.tick();
   }
 
+  // Rendered before it is attached, so the first look comes before the first question whether anyone still sees it.
   async tick() {
-    if (!this.root.isConnected) return;
     await this.refresh();
-    setTimeout(() => this.tick(), REFRESH_MS);
+    setTimeout(() => this.root.isConnected && this.tick(), REFRESH_MS);
   }
 
   async refresh() {
