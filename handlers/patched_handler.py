@@ -89,7 +89,7 @@ class PatchedHandler(RoleHandler):
         replies: dict[int, Reply] = {}
         for stack in stacks:
             members = [index for index, item in enumerate(items) if item.stack == stack]
-            replies |= zip(members, self.run([items[index] for index in members]), strict=True)
+            replies |= zip(members, self._run([items[index] for index in members]), strict=True)
         return [replies[index] for index in range(len(items))]
 
     def _beside(self, items: list[Item], stacks: list) -> bool:
