@@ -5,6 +5,7 @@ each, more than everything else that a client does for a step.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPMessage, HTTPSConnection
@@ -34,9 +35,7 @@ class Connections:
         self._connect, self._answer = connect, answer
         self._idle: deque[HTTPConnection] = deque(maxlen=idle)
 
-    def exchange(
-        self, method: str, path: str, headers: dict[str, str], body: bytes | bytearray | None = None
-    ) -> Response:
+    def exchange(self, method: str, path: str, headers: dict[str, str], body: Iterable[memoryview]) -> Response:
         """One request and its whole answer, whatever its status.
 
         Raises:

@@ -10,7 +10,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
@@ -23,11 +24,25 @@ import torch
 from comfy_client.connections import Connections, NotConnected, Response
 from comfy_client.transport import Answer, Body, Transport
 from protocol.blob import Blob
-from protocol.errors import Impossible, Internal, LunaError, Malformed, NotFound, TooLarge, Unavailable, from_json
+from protocol.errors import (
+    Full,
+    Impossible,
+    Internal,
+    Loading,
+    LunaError,
+    Malformed,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    from_json,
+)
 from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
 KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
+# The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
+SESSION_HEADER = "Luna-Session"
 _RENEW_BEFORE = timedelta(seconds=60)
+_PIECE = 1 << 20
 _POLL_SECONDS = 0.3  # TorchServe runs nvidia-smi for every description
 
 
@@ -47,11 +62,11 @@ class Unauthorized(LunaError):
 class Timeouts:
     """In seconds.
 
-    answer: for one reply; a forward on a CPU may need many. patience: how long a call is repeated while the server is
-    full or loading, or its worker restarts.
+    connect: to be connected, and for each megabyte of a request to be taken. answer: for one reply; a forward on a CPU
+    may need many. patience: how long a call is repeated while the server is full or loading, or its worker restarts.
     """
 
-    connect: float = 5
+    connect: float = 10
     answer: float = 600
     patience: float = 60
 
@@ -68,7 +83,8 @@ class Server:
     Raises (all methods):
         Unreachable: nothing answers.
         Unauthorized: the token is wrong and could not be renewed.
-        Unavailable: still full, loading or restarting after `timeouts.patience`.
+        Full, Loading: still so after `timeouts.patience`.
+        Broken: the model did not load.
         LunaError: whatever else the server told; protocol/errors.py has the kinds.
     """
 
@@ -82,6 +98,7 @@ class Server:
     ) -> None:
         self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
         self.timeouts = timeouts
+        self._session = uuid.uuid4().hex
         self._connections = {
             address: Connections(address, timeouts.connect, timeouts.answer, connections)
             for address in (self.inference, self.management)
@@ -143,9 +160,40 @@ class Server:
             return False
         return True
 
+    def load(self, model: str) -> None:
+        """Have a model of the store loaded; one that is registered without a worker that serves starts anew."""
+        if not self.register(archive_name(model)):
+            workers = next((each.workers for each in self.index().models if each.name == model), [])
+            wanted = self.describe(model)["minWorkers"]
+            if not wanted or (workers and all(worker.state == "failed" for worker in workers)):
+                self.scale(model, 0)
+                self.scale(model, max(1, wanted))
+
+    def unload(self, model: str, seconds: float = 60) -> None:
+        """Unregister a model once nobody waits for it: TorchServe would never answer those that wait.
+
+        Raises:
+            Full: they still waited after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while self._is_used(model):
+            if time.monotonic() > deadline:
+                raise Full(f"{model} still has requests after {seconds:.0f} s", "stop its clients first")
+            time.sleep(_POLL_SECONDS)
+        self.unregister(model)
+
     def unregister(self, model: str) -> None:
-        """End a model's workers and forget it; its archive stays."""
+        """End a model's workers and forget it, whoever waits for it; its archive stays."""
         self._manage("DELETE", f"/models/{quote(model)}")
+
+    def versions(self, model: str) -> tuple[list[str], str]:
+        """The registered versions of a model, and the one that answers to its plain name."""
+        every = self._manage("GET", f"/models/{quote(model)}/all")
+        return sorted(each["modelVersion"] for each in every), self.describe(model)["modelVersion"]
+
+    def set_default(self, model: str, version: str) -> None:
+        """Have this version answer to the model's plain name."""
+        self._manage("PUT", f"/models/{quote(model)}/{quote(version)}/set-default")
 
     def scale(self, model: str, workers: int) -> None:
         """Start or end workers of a model; `wait_ready` tells when they are there."""
@@ -182,6 +230,14 @@ class Server:
             if waiting:
                 time.sleep(_POLL_SECONDS)
 
+    def _is_used(self, model: str) -> bool:
+        workers = next((each.workers for each in self.index().models if each.name == model), [])
+        return self.pending(model) > 0 or any(worker.busy for worker in workers)
+
+    def pending(self, model: str) -> int:
+        """How many requests wait for a worker of this model."""
+        return self.describe(model)["jobQueueStatus"]["pendingRequests"]
+
     def _ready(self, model: str) -> tuple[int, int]:
         description = self.describe(model)
         ready = sum(worker["status"] == "READY" for worker in description["workers"])
@@ -193,9 +249,11 @@ class Server:
         deaths = 0
         while True:
             response = self._send("POST", self.inference, f"/predictions/{quote(model)}", "inference", body)
-            if response.status == 200:
+            if response.status in (200, 202):
                 return Answer(response.headers.get("Content-Type", ""), response.data)
             error = _fault(response, model, body.blob_bytes)
+            if isinstance(error, _Refused):
+                error = self._why_refused(model)
             if isinstance(error, _WorkerDied):
                 # Once more, as another request may have killed it. One that sees two workers die is to blame itself.
                 deaths += 1
@@ -208,6 +266,19 @@ class Server:
                 time.sleep(error.retry_after)
             else:
                 raise error
+
+    def _why_refused(self, model: str) -> Unavailable:
+        """TorchServe has one text for a full queue, for workers that start, and for none."""
+        try:
+            description = self.describe(model)
+        except LunaError:  # no way to the management API, as behind a proxy
+            return Unavailable(f"{model} is full, loading, or has no worker", "try again", retry_after=0.5)
+        if not description["workers"]:
+            return Unavailable(f"{model} is registered with no worker", f"scripts/models.py load {model}")
+        if description["jobQueueStatus"]["remainingCapacity"] == 0:
+            waiting = description["jobQueueStatus"]["pendingRequests"]
+            return Full(f"{waiting} requests wait for {model} already", "try again, or add workers", retry_after=0.5)
+        return Loading(f"the workers of {model} are starting", "try again", retry_after=0.5)
 
     def _manage(self, method: str, path: str) -> Any:
         response = self._send(method, self.management, path, "management")
@@ -232,14 +303,15 @@ class Server:
         return response
 
     def _exchange(self, method: str, address: str, path: str, token: str | None, body: Body | None) -> Response:
-        headers = {"Content-Type": body.content_type} if body else {}
+        headers = {SESSION_HEADER: self._session} | ({"Content-Type": body.content_type} if body else {})
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         attempts = 1 if method == "DELETE" else 3
         for attempt in range(1, attempts + 1):
             try:
-                sent = body.fresh() if body else None
-                return self._connections[address].exchange(method, path, headers, sent)
+                sent = body.fresh() if body else b""
+                headers["Content-Length"] = str(len(sent))
+                return self._connections[address].exchange(method, path, headers, _pieces(sent))
             except TimeoutError as error:
                 raise Unavailable(
                     f"{address} did not answer within {self.timeouts.answer:.0f} s", "Timeouts.answer sets the limit"
@@ -313,8 +385,23 @@ class _WorkerDied(Internal):
     """The worker ended while it had the request."""
 
 
+class _Refused(Unavailable):
+    """TorchServe itself did not take the request."""
+
+
 class _AlreadyThere(LunaError):
     """A model of that name is registered."""
+
+
+def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:
+    """One after the other, because a connection's time-out is for one piece, however large."""
+    return (memoryview(body)[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+
+
+def archive_name(model: str) -> str:
+    """The file of the store for a model: X.unet.mar for "X.unet" and its first version "X.unet/1.0", X.unet@2.0.mar for
+    "X.unet/2.0"."""
+    return f"{model.removesuffix('/1.0').replace('/', '@')}.mar"
 
 
 def _known_as(tensor: str, request: Request) -> str | None:
@@ -352,8 +439,6 @@ def _fault(response: Response, model: str, sent: int) -> LunaError:
         case 413:
             return TooLarge(f"{sent} bytes are more than the server takes", "config.properties: max_request_size")
         case 503:
-            return Unavailable(
-                f"{model} is full, or has no worker: {told}", "try again, or add workers", retry_after=0.5
-            )
+            return _Refused(told, retry_after=0.5)
         case _:
             return Internal(f"TorchServe answers {status} for {model}: {told}", "the server's logs/ have the reason")

@@ -1,37 +1,30 @@
 """What the roles share whose weights LoRAs patch: uploads, stacks, the choice between merging and not, reports."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import Targets
 from handlers.engine.lora_overlays import Match, Overlays
 from handlers.role_handler import Item, Reply, RoleHandler
-from handlers.settings import HandlerSettings
 from protocol.errors import Malformed
 from protocol.messages import LoraReport, Patched
 
 UPLOAD = "lora."
 MAX_NAMES = 256
-
-
-class PatchedSettings(HandlerSettings):
-    """Settings of roles that take LoRAs.
-
-    lora_cache_mb bounds the parsed LoRAs in host memory, lora_overlay_mb the merged weights on the device; None lets
-    these take their share of what is free (`FREE_SHARE`).
-    """
-
-    lora_cache_mb: int = Field(default=2048, ge=0)
-    lora_overlay_mb: int | None = Field(default=None, ge=0)
+_COUNTERS = {
+    "LoraMerges": "merges",
+    "LoraOverlayHits": "hits",
+    "LoraEvictions": "evictions",
+    "LoraUnmergedForwards": "unmerged_forwards",
+    "LoraMergeSeconds": "merge_seconds",
+}
 
 
 class PatchedHandler(RoleHandler):
     """A RoleHandler whose subclasses call `take_loras` when they load, and answer `run_patched` instead of `run`."""
-
-    settings_type = PatchedSettings
 
     def run_patched(self, items: list[Item]) -> list[Reply]:
         """Replies to requests of one group, while the model has their LoRAs."""
@@ -60,6 +53,16 @@ class PatchedHandler(RoleHandler):
         return self.overlays.missing(item.stack)
 
     def run(self, items: list[Item[Patched]]) -> list[Reply]:
+        before = replace(self.overlays.counters)
+        replies = self._run(items)
+        counters = self.overlays.counters
+        risen = {metric: getattr(counters, name) - getattr(before, name) for metric, name in _COUNTERS.items()}
+        replies[0].counters |= {metric: amount for metric, amount in risen.items() if amount}
+        if risen["LoraMerges"] or risen["LoraEvictions"]:
+            replies[0].sizes["LoraOverlayBytes"] = counters.nbytes
+        return replies
+
+    def _run(self, items: list[Item[Patched]]) -> list[Reply]:
         """Row-wise beside the weights where one overlay for each stack would not fit in memory and every stack can do
         without merging; else stack by stack, merged."""
         stacks = dict.fromkeys(item.stack for item in items)

@@ -16,7 +16,13 @@ class HandlerSettings(BaseModel):
 
     home is where the folders of `Roots` lie unless the environment says otherwise; checkpoint is a path relative to
     one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`. A UNet's step cache
-    holds at most step_cache_mb, and drops what a sampling run has not used for step_cache_ttl seconds.
+    holds at most step_cache_mb, and drops what a sampling run has not used for step_cache_ttl seconds. LoRAs as read
+    and sent take lora_cache_mb of host memory, weights with LoRAs merged in lora_overlay_mb of the device's; without
+    the latter, `FREE_SHARE` of what is free.
+
+    The decode queue holds at most queue_jobs jobs and queue_mb of their tensors, gives one up after queue_attempts
+    failures, and lies in the spool folder unless queue_database is another SQLAlchemy URL; pictures_database is that of
+    the pictures' records, watcher the URL that is told of them. Pictures of more than tile_pixels are decoded in tiles.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,8 +34,17 @@ class HandlerSettings(BaseModel):
     checkpoint_roots: list[Path] = []
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     tensor_cache_mb: int = Field(default=512, ge=1)
+    lora_cache_mb: int = Field(default=2048, ge=0)
+    lora_overlay_mb: int | None = Field(default=None, ge=0)
     step_cache_mb: int = Field(default=1024, ge=0)
     step_cache_ttl: float = Field(default=300, gt=0, allow_inf_nan=False)
+    queue_jobs: int = Field(default=1000, ge=1)
+    queue_mb: int = Field(default=4096, ge=1)
+    queue_attempts: int = Field(default=5, ge=1)
+    queue_database: str | None = None
+    pictures_database: str | None = None
+    watcher: str | None = None
+    tile_pixels: int = Field(default=2048 * 2048, ge=0)
 
     @property
     def roots(self) -> Roots:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from protocol.blob import Blob, unpack
 from protocol.errors import Malformed
-from protocol.messages import validate
+from protocol.messages import Readiness, validate
 from protocol.shared_memory import Attachments, SharedBlob
 
 JSON, BLOB = "application/json", "application/octet-stream"
@@ -20,7 +20,8 @@ class Transport:
         self._attachments = Attachments()
 
     def receive(self, row: dict[str, Any]) -> tuple[dict, dict[str, Tensor]]:
-        """The message and the tensors of one of TorchServe's rows.
+        """The message and the tensors of one of TorchServe's rows; one without a body, as a probe sends, asks whether
+        the model is ready.
 
         The tensors are views of the body, or of the client's memory.
 
@@ -29,6 +30,8 @@ class Transport:
             NoSharedMemory: the memory that it names cannot be mapped here.
         """
         body = _body(row)
+        if not body:
+            return Readiness().model_dump(), {}
         if (place := _place(body)) is not None:
             return unpack(self._attachments.view(place.request, place.request_bytes))
         if isinstance(body, dict):
@@ -36,7 +39,7 @@ class Transport:
         if isinstance(body, bytes | bytearray):
             return unpack(body)
         raise Malformed(
-            "the request has no body", "send a safetensors blob, or JSON with Content-Type: application/json"
+            "the request is neither a blob nor JSON", "send one with Content-Type octet-stream or application/json"
         )
 
     def answer(self, row: dict[str, Any], reply: Blob) -> tuple[str, bytes | bytearray]:
@@ -51,7 +54,7 @@ class Transport:
 def is_plain_json(row: dict[str, Any]) -> bool:
     """Whether the request is the message itself, from a caller that expects the same of a reply without tensors."""
     body = _body(row)
-    return isinstance(body, dict) and _place(body) is None
+    return not body or (isinstance(body, dict) and _place(body) is None)
 
 
 def _body(row: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Has models loaded and shows on the console how that goes, and what came of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -11,8 +11,16 @@ from protocol.errors import LunaError
 from protocol.messages import Index
 
 
-def load(server: Server, models: Iterable[str], console: Console, seconds: float = 600) -> list[str]:
+def load(
+    server: Server,
+    models: Iterable[str],
+    console: Console,
+    seconds: float = 600,
+    workers: Mapping[str, int | None] | None = None,
+) -> list[str]:
     """Register the archives of these models and wait for their workers; returns those that were registered.
+
+    `workers` says how many a model gets, where that is not the number that its archive asks for.
 
     An archive that TorchServe refuses is told on the console, and the others go on.
     """
@@ -27,7 +35,9 @@ def load(server: Server, models: Iterable[str], console: Console, seconds: float
         registered = []
         for model, task in tasks.items():
             try:
-                server.register(f"{model}.mar")
+                server.load(model)
+                if count := (workers or {}).get(model):
+                    server.scale(model, count)
                 registered.append(model)
             except LunaError as error:
                 progress.update(task, completed=1, state=f"[red]{error}")

@@ -4,6 +4,7 @@ The one place for a further family is `_family` and the part tables below it.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,20 @@ def detect(header: Shapes) -> Detected:
 def part_shapes(header: Shapes, part: Part, component: str) -> dict[str, tuple[int, ...]]:
     """{key without prefix: shape} of one component."""
     return {short: header[key] for key, short in part.keys(header, component)}
+
+
+def weights_size(path: Path, role: str, dtype: torch.dtype) -> int:
+    """Bytes that one part of a file takes as `dtype`, from its header.
+
+    Raises:
+        NotFound, Malformed: see `read_header` and `detect`; also when the file has no such part.
+    """
+    header = read_header(path)
+    part = detect(header).parts.get(role)
+    if part is None:
+        raise Malformed(f"{Path(path).name} has no {role}", "pack it again with scripts/add_checkpoint.py")
+    keys = (key for component in part.prefixes for key, _ in part.keys(header, component))
+    return sum(math.prod(header[key]) for key in keys) * dtype.itemsize
 
 
 def read_tensors(

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from comfy_client.server import Server, Timeouts, Unauthorized, Unreachable
-from comfy_client.transport import Transport
+from comfy_client.transport import BLOB, Transport
 from protocol import shared_memory
 from protocol.blob import content_hash, pack
-from protocol.errors import Impossible, Malformed, NotFound, TooLarge, Unavailable
+from protocol.errors import Impossible, Internal, Malformed, NotFound, TooLarge, Unavailable
 from protocol.messages import ClipText, UNetForward, UNetOutput, VaeDecode
 from serving.torchserve import ROOT, Ports, TorchServe
 from tests.conftest import connect
@@ -126,12 +126,15 @@ def test_faults_of_torchserve_are_told_as_ours(server: Server, torchserve: Torch
         server.register("absent.mar")
     with pytest.raises(NotFound, match="absent"):
         server.unregister("absent.unet")
-    too_large = torch.zeros(1, 4, 1024, 1024 * 16)
-    from_elsewhere = connect(torchserve)
-    from_elsewhere._transport = Transport("http://elsewhere")
-    with pytest.raises(TooLarge, match="max_request_size"):
-        from_elsewhere.call(f"{served_tiny}.vae", VaeDecode(), {"latent": too_large})
     assert server.ping()
+
+
+def test_a_body_over_the_limit_is_refused_with_the_setting_to_change(torchserve: TorchServe, served_tiny: str) -> None:
+    over_http = connect(torchserve)
+    over_http._transport = Transport("http://elsewhere")
+    with pytest.raises(TooLarge, match="max_request_size"):
+        over_http.call(f"{served_tiny}.vae", VaeDecode(), {"latent": torch.zeros(1, 4, 1024, 1024 * 16)})
+    assert over_http.ping()
 
 
 def test_a_model_without_workers_is_unavailable_and_comes_back(server: Server, torchserve, served_tiny: str) -> None:
@@ -249,7 +252,7 @@ def misbehaving(*answers: tuple[int, dict, bytes] | None) -> Iterator[tuple[str,
         server.server_close()
 
 
-OUT = (200, {}, pack(UNetOutput(), {"out": torch.ones(1)}))
+OUT = (200, {"Content-Type": BLOB}, pack(UNetOutput(), {"out": torch.ones(1)}))
 BUSY = (503, {"Retry-After": "1"}, Unavailable("full", retry_after=1).to_json())
 
 
@@ -278,9 +281,9 @@ def test_a_cut_connection_is_tried_again_for_what_may_run_twice(tmp_path: Path) 
 
 
 def test_answers_that_are_not_ours_are_told(tmp_path: Path) -> None:
-    with misbehaving((200, {}, b"<html>"), (502, {}, b"<html>")) as (address, _):
+    with misbehaving((200, {"Content-Type": "text/html"}, b"<html>"), (502, {}, b"<html>")) as (address, _):
         server = Server(address, address, tmp_path / "none")
-        with pytest.raises(Malformed):
+        with pytest.raises(Internal, match="html"):
             server.call("m", UNetForward(), {})
         with pytest.raises(Exception, match="502"):
             server.call("m", UNetForward(), {})
