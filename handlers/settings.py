@@ -18,7 +18,8 @@ class HandlerSettings(BaseModel):
     one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`. A UNet's step cache
     holds at most step_cache_mb, and drops what a sampling run has not used for step_cache_ttl seconds. LoRAs as read
     and sent take lora_cache_mb of host memory, weights with LoRAs merged in lora_overlay_mb of the device's; without
-    the latter, `FREE_SHARE` of what is free.
+    the latter, `FREE_SHARE` of what is free. Requests run together up to batch_positions rows x height x width of
+    latents; one that is larger runs alone.
 
     The decode queue holds at most queue_jobs jobs and queue_mb of their tensors, gives one up after queue_attempts
     failures, and lies in the spool folder unless queue_database is another SQLAlchemy URL; pictures_database is that of
@@ -36,6 +37,7 @@ class HandlerSettings(BaseModel):
     tensor_cache_mb: int = Field(default=512, ge=1)
     lora_cache_mb: int = Field(default=2048, ge=0)
     lora_overlay_mb: int | None = Field(default=None, ge=0)
+    batch_positions: int = Field(default=131072, ge=1)
     step_cache_mb: int = Field(default=1024, ge=0)
     step_cache_ttl: float = Field(default=300, gt=0, allow_inf_nan=False)
     queue_jobs: int = Field(default=1000, ge=1)
