@@ -434,8 +434,8 @@ def _token_refused(response: Response) -> bool:
 
 def _fault(response: Response, model: str, sent: int) -> LunaError:
     """What the server told, ours or TorchServe's."""
-    status, retry_after = response.status, response.headers.get("Retry-After")
-    own = from_json(response.data, float(retry_after) if retry_after else None)
+    status, retry_after = response.status, response.headers.get("Retry-After", "")
+    own = from_json(response.data, float(retry_after) if retry_after.isdecimal() else None)
     if own is not None:
         return own
     try:

@@ -24,6 +24,7 @@ from protocol.errors import LunaError
 from serving.archives import pack_repository, refresh
 from serving.keeper import Keeper, Registered
 from serving.loading import load, overview
+from serving.specs import SpecError
 from serving.stopping import Stopped, stop_on_signals
 from serving.torchserve import ROOT, Ports, TorchServe
 
@@ -113,7 +114,7 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except (LunaError, RuntimeError) as error:
+    except (LunaError, SpecError, RuntimeError) as error:
         console.print(f"[red]{error}")
         return 1
 
