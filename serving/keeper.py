@@ -16,6 +16,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from comfy_client.server import Server
@@ -135,7 +136,7 @@ class Keeper:
                 self._guarded(self.remember)
                 self._guarded(lambda: self.drain(self._wanted()))
 
-    def _guarded(self, task) -> None:
+    def _guarded(self, task: Callable[[], None]) -> None:
         try:
             task()
         except (LunaError, OSError) as error:
