@@ -91,7 +91,8 @@ class RoleHandler:
         return []
 
     def warm_up(self) -> None:
-        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in place."""
+        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in
+        place."""
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
