@@ -35,6 +35,7 @@ def command(name: str, *arguments: str | Path) -> list[str | Path]:
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[subprocess.Popen]:
     """serve.py with an empty store, once it is ready; its output is in `output` under the home."""
+    said = (tmp_path / "output").read_text
     with (tmp_path / "output").open("wb") as output:
         process = subprocess.Popen(
             command("serve", "--port", "0"),
@@ -44,17 +45,17 @@ def serving(tmp_path: Path) -> Iterator[subprocess.Popen]:
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
     try:
-        wait_for(lambda: READY in (tmp_path / "output").read_text(), process)
+        wait_for(lambda: READY in said(), process, said)
         yield process
     finally:
         process.kill()
         process.wait()
 
 
-def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 180) -> None:
+def wait_for(condition, process: subprocess.Popen | None = None, told=str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process is None or process.poll() is None, "the command ended early"
+        assert process is None or process.poll() is None, told()
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
