@@ -79,7 +79,7 @@ def counters(metrics: Metrics) -> Table:
 
 
 class GpuLog:
-    """A row a reading: timestamp, elapsed_sec, and gpuN_used_gb, _total_gb, _percent, _used_mb, _free_mb of each GPU."""
+    """A row a reading: timestamp, elapsed_sec and, of each GPU, gpuN_ used_gb, total_gb, percent, used_mb, free_mb."""
 
     def __init__(self, file: TextIO, found: list[Gpu]) -> None:
         kinds = ("used_gb", "total_gb", "percent", "used_mb", "free_mb")
