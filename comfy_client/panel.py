@@ -1,0 +1,62 @@
+"""Routes on ComfyUI's own server for the sidebar panel: the browser talks to ComfyUI, only ComfyUI talks to the server.
+
+So the server's tokens stay here, and the server may listen on this machine's loopback alone.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+from comfy_client import settings
+from comfy_client.account import Accountant
+from protocol.errors import LunaError, Malformed
+
+_accountant = Accountant()
+
+
+def account() -> dict[str, Any]:
+    """What the panel and Luna Server Status show of the server that the settings name."""
+    return _accountant.account(settings.server(), settings.current().metrics)
+
+
+def register_routes() -> None:
+    """Add the panel's routes to ComfyUI's server."""
+    routes = PromptServer.instance.routes
+
+    @routes.get("/luna/status")
+    async def status(_request: web.Request) -> web.Response:
+        return await _answer(account)
+
+    @routes.post("/luna/models/{model}/{action}")
+    async def change(request: web.Request) -> web.Response:
+        fields = await request.json() if request.can_read_body else {}
+        return await _answer(lambda: _change(request.match_info["model"], request.match_info["action"], fields))
+
+
+def _change(model: str, action: str, fields: dict[str, Any]) -> dict[str, Any]:
+    server = settings.server()
+    if action == "load":
+        server.register(f"{model}.mar")
+        server.wait_ready([model])
+    elif action == "unload":
+        server.unregister(model)
+    elif action == "scale":
+        workers = fields.get("workers")
+        if not isinstance(workers, int) or not 1 <= workers <= 64:
+            raise Malformed(f"workers is {workers!r}", "send a number from 1 to 64")
+        server.scale(model, workers)
+        server.wait_ready([model])
+    else:
+        raise Malformed(f"there is no action {action!r}", "load, unload and scale are")
+    return {"model": model, "done": action}
+
+
+async def _answer(work: Callable[[], dict[str, Any]]) -> web.Response:
+    """The work's outcome as JSON, with the server's own status for what went wrong."""
+    try:
+        return web.json_response(await asyncio.to_thread(work))
+    except LunaError as error:
+        return web.Response(body=error.to_json(), status=error.status, content_type="application/json")
