@@ -35,6 +35,10 @@ class ClipHandler(PatchedHandler):
     def weights_bytes(self) -> int:
         return sum(p.nbytes for encoder in self.encoders.values() for p in encoder.model.parameters())
 
+    def warm_up(self) -> None:
+        for encoder in self.encoders.values():
+            encoder.encode(torch.zeros(1, 77, dtype=torch.long, device=self.device), None, None, True, True)
+
     def check(self, item: Item) -> None:
         if isinstance(item.request, ClipText):
             return

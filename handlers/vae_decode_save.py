@@ -44,6 +44,13 @@ class VaeHandler(RoleHandler):
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.vae.model.parameters())
 
+    def warm_up(self) -> None:
+        with self.device_free:
+            pixels = self.vae.decode(
+                torch.zeros(1, self.vae.latent_channels, 8, 8, dtype=self.dtype, device=self.device)
+            )
+            self.vae.encode(pixels)
+
     def check(self, item: Item) -> None:
         if not isinstance(item.request, VaeEncode | VaeDecode):
             return
