@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from protocol.blob import Blob, unpack
-from protocol.errors import Internal, NoSharedMemory
-from protocol.shared_memory import Segment, SharedBlob, sweep
+from luna_protocol.blob import Blob, unpack
+from luna_protocol.errors import Internal, NoSharedMemory
+from luna_protocol.shared_memory import Segment, SharedBlob, sweep
 
 log = logging.getLogger(__name__)
 

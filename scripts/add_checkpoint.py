@@ -18,7 +18,7 @@ from rich.console import Console
 from comfy_client.server import Server
 from handlers.engine.roots import Roots, find
 from handlers.worker_state import FIRST_VERSION
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 from serving.archives import Archive, pack_checkpoint, pack_repository
 from serving.loading import load, overview
 from serving.specs import SpecError

@@ -24,7 +24,7 @@ def _picture(g: Graph, checkpoint: str = "sd15.safetensors", steps: int = 2, dae
 
 def test_interrupt_ends_a_run_within_0_3_seconds(comfyui: ComfyUI) -> None:
     g = Graph()
-    _picture(g, steps=500, width=512, height=512)
+    _picture(g, steps=500, width=256, height=256)
     prompt = comfyui.start(g)
     _wait_for_step(comfyui)
     started = time.monotonic()

@@ -7,8 +7,8 @@ from handlers.engine.tensor_cache import TensorCache
 from handlers.role_handler import Item
 from handlers.settings import PatchedSettings
 from handlers.unet_forward import UNetHandler
-from protocol.errors import Malformed
-from protocol.messages import LoraUse, StepCache, UNetForward
+from luna_protocol.errors import Malformed
+from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from tests import checkpoints
 
 
