@@ -35,6 +35,10 @@ class PatchedHandler(RoleHandler):
         rows with other LoRAs."""
         return None
 
+    def may_leave(self, item: Item) -> bool:
+        """Whether rows of this request may leave the batch while it runs."""
+        return False
+
     def take_loras(self, model: nn.Module, targets: Targets) -> None:
         """Prepares for patching `model`, whose parameters `targets` names."""
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -64,22 +68,28 @@ class PatchedHandler(RoleHandler):
 
     def _run(self, items: list[Item[Patched]]) -> list[Reply]:
         """Row-wise beside the weights where one overlay for each stack would not fit in memory and every stack can do
-        without merging; else stack by stack, merged."""
-        stacks = dict.fromkeys(item.stack for item in items)
-        if self._beside(items, list(stacks)):
-            with self.overlays.unmerged([(item.stack, self.rows(item)) for item in items]) as matches:
-                replies = self.run_patched(items)
-            for item, reply, match in zip(items, replies, matches, strict=True):
-                reply.message.unmerged = True
-                reply.message.lora = _reports(item.request, match)
-            return replies
-        replies = {}
+        without merging; else stack by stack, merged if that one fits."""
+        stacks = list(dict.fromkeys(item.stack for item in items))
+        beside = self._beside(items, stacks)
+        # The side path finds a row's LoRAs by its place in the batch, which a row that leaves early changes for others.
+        if len(stacks) > 1 and (not beside or any(map(self.may_leave, items))):
+            return self._stack_by_stack(items, stacks)
+        if beside:
+            patched = self.overlays.unmerged([(item.stack, self.rows(item)) for item in items])
+        else:
+            patched = self.overlays.merged(stacks[0])
+        with patched as matches:
+            replies = self.run_patched(items)
+        for item, reply, match in zip(items, replies, matches if beside else [matches] * len(items), strict=True):
+            reply.message.unmerged = beside
+            reply.message.lora = _reports(item.request, match)
+        return replies
+
+    def _stack_by_stack(self, items: list[Item[Patched]], stacks: list) -> list[Reply]:
+        replies: dict[int, Reply] = {}
         for stack in stacks:
             members = [index for index, item in enumerate(items) if item.stack == stack]
-            with self.overlays.merged(stack) as match:
-                replies |= zip(members, self.run_patched([items[index] for index in members]), strict=True)
-            for index in members:
-                replies[index].message.lora = _reports(items[index].request, match)
+            replies |= zip(members, self._run([items[index] for index in members]), strict=True)
         return [replies[index] for index in range(len(items))]
 
     def _beside(self, items: list[Item], stacks: list) -> bool:

@@ -20,7 +20,7 @@ from handlers.engine.lora_overlays import Stack
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
 from handlers.metrics import HandlerMetrics
-from handlers.settings import HandlerSettings
+from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
 from protocol.blob import Blob
@@ -75,7 +75,6 @@ class RoleHandler:
     """A TorchServe handler for one role; subclasses say what they accept, load and run."""
 
     accepts: tuple[type[Request], ...] = ()
-    settings_type: type[HandlerSettings] = HandlerSettings
 
     # What a role defines
 
@@ -92,7 +91,8 @@ class RoleHandler:
         return []
 
     def warm_up(self) -> None:
-        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in place."""
+        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in
+        place."""
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
@@ -167,7 +167,7 @@ class RoleHandler:
         # A server can be told of GPUs that are not there, to try out an assignment: it then runs on the CPU.
         cuda = assigned is not None and torch.cuda.is_available()
         self.device = torch.device(f"cuda:{assigned}") if cuda else torch.device("cpu")
-        self.settings = self.settings_type.model_validate(context.model_yaml_config["handler"])
+        self.settings = settings_of(context.model_yaml_config["handler"])
         self.dtype = self.settings.compute_dtype(self.device)
         self.transport = Transport()
         self.model_name, self.metrics = context.model_name, context.metrics

@@ -111,7 +111,8 @@ class StepCache(Message):
     def _coherent(self) -> "StepCache":
         if None not in (self.start_timestep, self.end_timestep) and self.start_timestep < self.end_timestep:
             raise ValueError("start_timestep must not be below end_timestep (start_percent below end_percent)")
-        if self.preset and self.model_fields_set & {"policy", "parameters", "start_timestep", "end_timestep"}:
+        own = (self.policy, self.parameters, self.start_timestep, self.end_timestep)
+        if self.preset and own != ("first_block", {}, None, None):
             raise ValueError("a preset brings its own policy, parameters and window; give the one or the others")
         return self
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +89,14 @@ def pack_checkpoint(
 
 
 def refresh(store: Path) -> list[Archive]:
-    """Pack the archives of the store again whose code is not ours of today, with the settings that they have."""
+    """Pack our archives of the store again whose code is not that of today, with the settings that they have."""
     archives = []
     for path in sorted(store.glob("*.mar")):
-        with zipfile.ZipFile(path) as packed:
-            config = yaml.safe_load(packed.read("model-config.yaml"))
-        model, _, version = path.stem.partition("@")
-        archives.append(_pack(store, model, config["handler"]["role"], config, version or FIRST_VERSION))
+        with suppress(zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError):  # not ours
+            with zipfile.ZipFile(path) as packed:
+                config = yaml.safe_load(packed.read("model-config.yaml"))
+            model, _, version = path.stem.partition("@")
+            archives.append(_pack(store, model, config["handler"]["role"], config, version or FIRST_VERSION))
     return archives
 
 

@@ -61,14 +61,16 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise NotFound(f"there is no file {path}", "give the path of a .safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise Malformed(
-                f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        # A length may begin like a pickle or a zip archive; only a safetensors header begins with a brace behind it.
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES) or start[8:] != b"{":
+            if start[:2] == b"PK" or start[:1] == b"\x80":
+                raise Malformed(
+                    f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
+                )
             raise Malformed(f"{path.name} is not a safetensors file, or its header is cut off", "download it again")
+        file.seek(8)
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)

@@ -123,7 +123,7 @@ def test_a_life_of_models(running, monkeypatch):
 
         # Whoever waits for a model that somebody scales to 0 gets an answer all the same.
         answers = []
-        patient = connect(running, answer=120)
+        patient = connect(running, answer=500)
         big = {"x": torch.ones(2, 4, 48, 48), "timesteps": torch.ones(2), "context": torch.ones(2, 77, 64)}
 
         def ask() -> None:
@@ -139,7 +139,7 @@ def test_a_life_of_models(running, monkeypatch):
             time.sleep(0.05)
         server.scale("c.unet", 0)
         for thread in threads:
-            thread.join(300)
+            thread.join(510)
         answered = [each for each in answers if isinstance(each, torch.Size)]
         assert len(answers) == 10 and len(answered) >= 5, answers
     finally:
