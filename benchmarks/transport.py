@@ -22,8 +22,9 @@ from benchmarks._bench import (
 )
 from benchmarks.origin_way import Origin
 from comfy_client.server import Server
-from protocol.blob import content_hash
-from protocol.messages import UNetForward
+from comfy_client.transport import Transport
+from luna_protocol.blob import content_hash
+from luna_protocol.messages import UNetForward
 from serving.torchserve import TorchServe
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +64,7 @@ def main() -> None:
         ]
         torchserve, shared = stack.enter_context(serving(home, models))
         bodies = connect(torchserve)
-        bodies._transport._leases = None
+        bodies._transport = Transport("http://elsewhere")
         origin = stack.enter_context(Origin())
         plain, control = step_tensors(), step_tensors() | control_tensors()
         ways = {

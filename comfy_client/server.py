@@ -23,8 +23,8 @@ import torch
 
 from comfy_client.connections import Connections, NotConnected, Response
 from comfy_client.transport import Answer, Body, Transport
-from protocol.blob import Blob
-from protocol.errors import (
+from luna_protocol.blob import Blob
+from luna_protocol.errors import (
     Full,
     Impossible,
     Internal,
@@ -36,7 +36,7 @@ from protocol.errors import (
     Unavailable,
     from_json,
 )
-from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
+from luna_protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
 KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
 # The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
@@ -77,7 +77,7 @@ class Server:
     Args:
         inference, management: the two addresses.
         key_file: TorchServe's tokens; by default what LUNA_TOKEN_FILE names, else run/key_file.json of this repository.
-            Where there is no such file, requests carry no token.
+            Where there is no such file, requests carry no token. LUNA_TOKEN, where set, is the one token of a proxy.
         connections: kept alive per address; more threads than that may call at once, at the price of a new connection.
 
     Raises (all methods):
@@ -85,7 +85,7 @@ class Server:
         Unauthorized: the token is wrong and could not be renewed.
         Full, Loading: still so after `timeouts.patience`.
         Broken: the model did not load.
-        LunaError: whatever else the server told; protocol/errors.py has the kinds.
+        LunaError: whatever else the server told; luna_protocol/errors.py has the kinds.
     """
 
     def __init__(
@@ -104,7 +104,9 @@ class Server:
             for address in (self.inference, self.management)
         }
         self._transport = Transport(self.inference)
-        self._tokens = _Tokens(key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE)), self._renew)
+        fixed = os.environ.get("LUNA_TOKEN")
+        key_file = key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE))
+        self._tokens = _FixedToken(fixed) if fixed else _Tokens(key_file, self._renew)
 
     def call(
         self, model: str, request: Request, tensors: Mapping[str, torch.Tensor] | None = None
@@ -326,6 +328,21 @@ class Server:
         raise AssertionError("unreachable")
 
 
+class _FixedToken:
+    """What a proxy asks for; TorchServe's own tokens are then the proxy's business."""
+
+    file = "LUNA_TOKEN"
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def current(self, _kind: str) -> str:
+        return self._token
+
+    def after_refusal(self, _kind: str, _refused: str | None) -> str:
+        return self._token
+
+
 class _Tokens:
     """The tokens of a key file, which TorchServe rewrites whenever anyone renews one."""
 
@@ -417,8 +434,8 @@ def _token_refused(response: Response) -> bool:
 
 def _fault(response: Response, model: str, sent: int) -> LunaError:
     """What the server told, ours or TorchServe's."""
-    status, retry_after = response.status, response.headers.get("Retry-After")
-    own = from_json(response.data, float(retry_after) if retry_after else None)
+    status, retry_after = response.status, response.headers.get("Retry-After", "")
+    own = from_json(response.data, float(retry_after) if retry_after.isdecimal() else None)
     if own is not None:
         return own
     try:
@@ -430,6 +447,8 @@ def _fault(response: Response, model: str, sent: int) -> LunaError:
     match status:
         case 400:
             return Malformed(f"TorchServe refuses the request for {model}: {told}")
+        case 401 | 403:
+            return Unauthorized(f"the proxy refuses the token: {told}", "LUNA_TOKEN holds what it asks for")
         case 404:
             return NotFound(told, "scripts/add_checkpoint.py packs and registers a checkpoint")
         case 405:
@@ -440,5 +459,7 @@ def _fault(response: Response, model: str, sent: int) -> LunaError:
             return TooLarge(f"{sent} bytes are more than the server takes", "config.properties: max_request_size")
         case 503:
             return _Refused(told, retry_after=0.5)
+        case 502 | 504:
+            return Unreachable(f"a proxy lost the server of {model}: {told}", "is it restarting?", retry_after=0.5)
         case _:
             return Internal(f"TorchServe answers {status} for {model}: {told}", "the server's logs/ have the reason")

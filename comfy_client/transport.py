@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from protocol.blob import Blob, unpack
-from protocol.errors import Internal, NoSharedMemory
-from protocol.shared_memory import Segment, SharedBlob, sweep
+from luna_protocol.blob import Blob, unpack
+from luna_protocol.errors import Internal, NoSharedMemory
+from luna_protocol.shared_memory import Segment, SharedBlob, sweep
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class _Lease:
         return json.dumps({"shared_memory": place.model_dump()}).encode()
 
     def read(self, answer: Answer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if answer.content_type == BLOB:
+        if answer.content_type != JSON:
             self._reply_wanted = len(answer.body)
             return unpack(answer.body)
         try:

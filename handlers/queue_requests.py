@@ -2,14 +2,14 @@
 
 from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.job_store import Limits
-from handlers.settings import HandlerSettings
-from protocol.messages import Message, Request
-from protocol.save_job import CancelJobs, PurgeJobs, QueueStatus, RetryJobs
+from handlers.settings import QueueSettings
+from luna_protocol.messages import Message, Request
+from luna_protocol.save_job import CancelJobs, PurgeJobs, QueueStatus, RetryJobs
 
 QUEUE_REQUESTS = (QueueStatus, CancelJobs, RetryJobs, PurgeJobs)
 
 
-def open_queue(settings: HandlerSettings) -> DecodeQueue:
+def open_queue(settings: QueueSettings) -> DecodeQueue:
     """The queue of the spool folder, as the settings bound it."""
     roots = settings.roots
     limits = Limits(jobs=settings.queue_jobs, bytes=settings.queue_mb << 20, attempts=settings.queue_attempts)

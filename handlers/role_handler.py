@@ -20,12 +20,12 @@ from handlers.engine.lora_overlays import Stack
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
 from handlers.metrics import HandlerMetrics
-from handlers.settings import HandlerSettings
+from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
-from protocol.blob import Blob
-from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
-from protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
+from luna_protocol.blob import Blob
+from luna_protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
+from luna_protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,6 @@ class RoleHandler:
     """A TorchServe handler for one role; subclasses say what they accept, load and run."""
 
     accepts: tuple[type[Request], ...] = ()
-    settings_type: type[HandlerSettings] = HandlerSettings
 
     # What a role defines
 
@@ -91,12 +90,20 @@ class RoleHandler:
         """Content hashes, beside those of `references`, that the client has to send first."""
         return []
 
+    def warm_up(self) -> None:
+        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in
+        place."""
+
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
 
     def group_key(self, item: Item) -> Hashable:
         """Requests with equal keys run together; by default each alone."""
         return id(item)
+
+    def batch_size(self, item: Item) -> int:
+        """What this request adds to a group, of which at most `settings.batch_positions` run together."""
+        return 0
 
     def run(self, items: list[Item]) -> list[Reply]:
         """Replies to requests of one group, in their order."""
@@ -117,6 +124,8 @@ class RoleHandler:
                 needed = weights_size(path, self.settings.role, self.dtype)
                 self.state.claim(needed, Budgets.from_environment())
             self.load()
+            with torch.inference_mode():
+                self.warm_up()
             self.state.loaded(self.weights_bytes())
         except Exception as error:
             log.exception("%s did not start", context.model_name)
@@ -153,7 +162,7 @@ class RoleHandler:
         # A server can be told of GPUs that are not there, to try out an assignment: it then runs on the CPU.
         cuda = assigned is not None and torch.cuda.is_available()
         self.device = torch.device(f"cuda:{assigned}") if cuda else torch.device("cpu")
-        self.settings = self.settings_type.model_validate(context.model_yaml_config["handler"])
+        self.settings = settings_of(context.model_yaml_config["handler"])
         self.dtype = self.settings.compute_dtype(self.device)
         self.transport = Transport()
         self.model_name, self.metrics = context.model_name, context.metrics
@@ -191,10 +200,18 @@ class RoleHandler:
         return None
 
     def _groups(self, items: dict[int, Item]) -> list[list[int]]:
-        groups: dict[Hashable, list[int]] = {}
+        groups: list[list[int]] = []
+        growing: dict[Hashable, tuple[list[int], int]] = {}
         for index, item in items.items():
-            groups.setdefault(self.group_key(item), []).append(index)
-        return list(groups.values())
+            key, size = self.group_key(item), self.batch_size(item)
+            group, total = growing.get(key, ([], 0))
+            if group and total + size > self.settings.batch_positions:
+                group, total = [], 0
+            if not group:
+                groups.append(group)
+            group.append(index)
+            growing[key] = group, total + size
+        return groups
 
     def _run_group(self, indices: list[int], items: dict[int, Item], outcomes: list) -> None:
         begun = time.monotonic()

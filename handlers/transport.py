@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from protocol.blob import Blob, unpack
-from protocol.errors import Malformed
-from protocol.messages import Readiness, validate
-from protocol.shared_memory import Attachments, SharedBlob
+from luna_protocol.blob import Blob, unpack
+from luna_protocol.errors import Malformed, TooLarge
+from luna_protocol.messages import Readiness, validate
+from luna_protocol.shared_memory import Attachments, SharedBlob
 
 JSON, BLOB = "application/json", "application/octet-stream"
+MAX_BODY_BYTES = 202_375_168  # max_response_size of config.properties; TorchServe kills a worker that answers more
 
 
 class Transport:
@@ -43,11 +44,19 @@ class Transport:
         )
 
     def answer(self, row: dict[str, Any], reply: Blob) -> tuple[str, bytes | bytearray]:
-        """Content type and body of the reply: in the client's memory if it offers some and it fits."""
+        """Content type and body of the reply: in the client's memory if it offers some and it fits.
+
+        Raises:
+            TooLarge: it is more than an HTTP body may be.
+        """
         place = _place(_body(row))
         if place is not None and reply.size <= place.reply_bytes:
             reply.write(self._attachments.view(place.reply, reply.size))
             return JSON, json.dumps({"shared_memory": reply.size}).encode()
+        if reply.size > MAX_BODY_BYTES:
+            raise TooLarge(
+                f"the reply has {reply.size} bytes, a body at most {MAX_BODY_BYTES}", "send fewer pictures a request"
+            )
         return BLOB, reply.pack()
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from comfy_client.server import Server
 from handlers.engine.roots import Roots, find
 from handlers.worker_state import FIRST_VERSION
-from protocol.errors import LunaError
-from serving.archives import Archive, pack_checkpoint
+from luna_protocol.errors import LunaError
+from serving.archives import Archive, pack_checkpoint, pack_repository
 from serving.loading import load, overview
 from serving.specs import SpecError
 from serving.torchserve import ROOT
@@ -67,14 +67,19 @@ def main() -> int:
     for archive in archives:
         done = "packed" if archive.written else "already there"
         console.print(f"{archive.model:30} {done}, {archive.path.stat().st_size / 1024:.0f} KiB")
-    host = "http://127.0.0.1"
-    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
     if not archives:
         return 1
-    if not server.ping():
-        console.print(f"No server at {server.inference}: scripts/serve.py will serve them.")
-        return status
-    return _serve(server, archives, console) or status
+    pack_repository(arguments.store)
+    host = "http://127.0.0.1"
+    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
+    try:
+        if not server.ping():
+            console.print(f"No server at {server.inference}: scripts/serve.py will serve them.")
+            return status
+        return _serve(server, archives, console) or status
+    except LunaError as error:
+        console.print(f"[red]{error}")
+        return 1
 
 
 def _serve(server: Server, archives: list[Archive], console: Console) -> int:

@@ -5,22 +5,19 @@ import _environment
 _environment.ensure()
 
 import argparse
-import csv
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
 from comfy_client.server import Server
-from protocol.errors import LunaError
-from protocol.messages import Index
+from luna_protocol.errors import LunaError
+from luna_protocol.messages import Index
 from serving.loading import overview
-from serving.measurements import Gpu, Metrics, gpus
+from serving.measurements import Gpu, GpuLog, Metrics, gpus
 from serving.stopping import Stopped, stop_on_signals
 
 # (what is shown, metric) of counters; those of the decode queue and of caches appear once there was something to count.
@@ -76,25 +73,6 @@ def counters(metrics: Metrics) -> Table:
         if name in metrics.names():
             table.add_row(told, f"{metrics.total(name):,.0f}")
     return table
-
-
-class GpuLog:
-    """A row a reading: timestamp, elapsed_sec, and gpuN_used_gb, _total_gb, _percent, _used_mb, _free_mb of each GPU."""
-
-    def __init__(self, file: TextIO, found: list[Gpu]) -> None:
-        kinds = ("used_gb", "total_gb", "percent", "used_mb", "free_mb")
-        self._writer = csv.writer(file)
-        self._writer.writerow(
-            ["timestamp", "elapsed_sec", *(f"gpu{gpu.number}_{kind}" for gpu in found for kind in kinds)]
-        )
-        self._begun = time.monotonic()
-
-    def add(self, found: list[Gpu]) -> None:
-        row: list[str] = [datetime.now().isoformat(timespec="seconds"), f"{time.monotonic() - self._begun:.1f}"]
-        for gpu in found:
-            row += [f"{gpu.used / (1 << 30):.2f}", f"{gpu.total / (1 << 30):.2f}", f"{gpu.percent:.1f}"]
-            row += [f"{gpu.used >> 20}", f"{(gpu.total - gpu.used) >> 20}"]
-        self._writer.writerow(row)
 
 
 def main() -> int:

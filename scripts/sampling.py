@@ -25,7 +25,7 @@ from handlers.engine.step_policies import Policy
 from handlers.engine.text_encoder import TextEncoder
 from handlers.engine.unet import UNet
 from handlers.engine.vae import VAE
-from protocol.errors import Impossible
+from luna_protocol.errors import Impossible
 
 LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025}  # UNet space = LATENT times this
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

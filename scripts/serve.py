@@ -10,6 +10,7 @@ _environment.ensure()
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from comfy_client.server import Server
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.roots import Roots
 from handlers.worker_state import KEEPER
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 from serving.archives import pack_repository, refresh
 from serving.keeper import Keeper, Registered
 from serving.loading import load, overview
+from serving.specs import SpecError
 from serving.stopping import Stopped, stop_on_signals
 from serving.torchserve import ROOT, Ports, TorchServe
 
@@ -77,6 +79,7 @@ def main() -> int:
         help="answer inference and metrics on every network address and ask for no token: for a container or a private "
         "network, behind a proxy that does ask (docs/security.md)",
     )
+    parser.add_argument("--only", choices=("unet", "clip", "vae"), help="serve the models of this role alone")
     arguments = parser.parse_args()
     if arguments.comfyui:
         os.environ["LUNA_COMFYUI"] = str(arguments.comfyui.absolute())
@@ -88,7 +91,10 @@ def main() -> int:
         Roots.from_environment(ROOT)
         budgets = Budgets.from_environment()
         pack_repository(arguments.store)
-        wanted = restored([archive.model for archive in refresh(arguments.store)], Registered(arguments.run).read())
+        stored = [archive.model for archive in refresh(arguments.store)]
+        if arguments.only:
+            stored = [model for model in stored if re.search(rf"\.{arguments.only}(\.\d+)?(/|$)", model)]
+        wanted = restored(stored, Registered(arguments.run).read())
         (arguments.run / KEEPER).unlink(missing_ok=True)
         ports = Ports.from_first(arguments.port)
         with TorchServe(arguments.store, arguments.run, ports, **exposed(arguments, ports)) as torchserve:
@@ -108,7 +114,7 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except (LunaError, RuntimeError) as error:
+    except (LunaError, SpecError, RuntimeError) as error:
         console.print(f"[red]{error}")
         return 1
 

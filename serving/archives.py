@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +89,14 @@ def pack_checkpoint(
 
 
 def refresh(store: Path) -> list[Archive]:
-    """Pack the archives of the store again whose code is not ours of today, with the settings that they have."""
+    """Pack our archives of the store again whose code is not that of today, with the settings that they have."""
     archives = []
     for path in sorted(store.glob("*.mar")):
-        with zipfile.ZipFile(path) as packed:
-            config = yaml.safe_load(packed.read("model-config.yaml"))
-        model, _, version = path.stem.partition("@")
-        archives.append(_pack(store, model, config["handler"]["role"], config, version or FIRST_VERSION))
+        with suppress(zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError):  # not ours
+            with zipfile.ZipFile(path) as packed:
+                config = yaml.safe_load(packed.read("model-config.yaml"))
+            model, _, version = path.stem.partition("@")
+            archives.append(_pack(store, model, config["handler"]["role"], config, version or FIRST_VERSION))
     return archives
 
 
@@ -125,7 +127,7 @@ def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Arc
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)
         code = temporary / "code"
-        for package in ("protocol", "handlers"):
+        for package in ("luna_protocol", "handlers"):
             shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
         config_file = temporary / "model-config.yaml"
         config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")

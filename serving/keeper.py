@@ -16,16 +16,19 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from comfy_client.server import Server
 from handlers.engine.memory_budget import Budgets, device_key, gigabytes
 from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
-from protocol.errors import LunaError
-from protocol.messages import Worker
+from luna_protocol.errors import LunaError
+from luna_protocol.messages import Worker, validate
+from luna_protocol.save_job import QueueReport, QueueStatus
 
 log = logging.getLogger(__name__)
 
+FINISH_SECONDS = 20.0
 IDLE_SECONDS = ROOM_SECONDS / 2
 _POLL_SECONDS = 1.0
 _REMEMBER_EVERY = 10  # polls; each asks TorchServe about every model
@@ -73,12 +76,25 @@ class Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Remember what is registered now, and end."""
+        """Remember what is registered now, let decode jobs that run come to their end, and end."""
         if self._thread.is_alive():
             self._stop.set()
             self._thread.join()
             (self.run / KEEPER).unlink(missing_ok=True)
             self._guarded(self.remember)
+            self._guarded(self.finish_jobs)
+
+    def finish_jobs(self, seconds: float = FINISH_SECONDS) -> None:
+        """Wait for the decode jobs that run now: a killed one loses no picture, but is done from its start again."""
+        deadline = time.monotonic() + seconds
+        running = self._running(QueueStatus(limit=1000))
+        while running and time.monotonic() < deadline:
+            time.sleep(0.2)
+            running = self._running(QueueStatus(job_ids=running[:256]))
+
+    def _running(self, question: QueueStatus) -> list[str]:
+        report = validate(QueueReport, self.server.call("repository", question)[0])
+        return [job.job_id for job in report.jobs if job.state == "running"]
 
     def remember(self) -> None:
         """Write down what is registered."""
@@ -120,7 +136,7 @@ class Keeper:
                 self._guarded(self.remember)
                 self._guarded(lambda: self.drain(self._wanted()))
 
-    def _guarded(self, task) -> None:
+    def _guarded(self, task: Callable[[], None]) -> None:
         try:
             task()
         except (LunaError, OSError) as error:

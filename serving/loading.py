@@ -7,22 +7,21 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from comfy_client.server import Server
-from protocol.errors import LunaError
-from protocol.messages import Index
+from luna_protocol.errors import LunaError, Unavailable
+from luna_protocol.messages import Index
 
 
 def load(
     server: Server,
     models: Iterable[str],
     console: Console,
-    seconds: float = 600,
     workers: Mapping[str, int | None] | None = None,
-) -> list[str]:
-    """Register the archives of these models and wait for their workers; returns those that were registered.
+) -> None:
+    """Register the archives of these models and wait for their workers, showing how it goes.
 
     `workers` says how many a model gets, where that is not the number that its archive asks for.
 
-    An archive that TorchServe refuses is told on the console, and the others go on.
+    A model that TorchServe refuses, or whose workers are late, is told on the console, and the others go on.
     """
     columns = (
         SpinnerColumn(),
@@ -45,8 +44,10 @@ def load(
         def show(model: str, ready: int, wanted: int) -> None:
             progress.update(tasks[model], completed=ready >= wanted, state=f"{ready} of {wanted} workers ready")
 
-        server.wait_ready(registered, seconds, show)
-    return registered
+        try:
+            server.wait_ready(registered, progress=show)
+        except Unavailable as error:
+            progress.console.print(f"[red]{error}")
 
 
 def overview(index: Index) -> Table:

@@ -1,8 +1,12 @@
 """Figures of a running server: what GET /metrics answers, and the memory of its GPUs."""
 
+import csv
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
+from datetime import datetime
+from typing import TextIO
 
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,11 +47,35 @@ def parse_gpus(table: str) -> list[Gpu]:
     ]
 
 
+class GpuLog:
+    """A row a reading: timestamp, elapsed_sec and, of each GPU, gpuN_ used_gb, total_gb, percent, used_mb, free_mb."""
+
+    def __init__(self, file: TextIO, found: list[Gpu]) -> None:
+        kinds = ("used_gb", "total_gb", "percent", "used_mb", "free_mb")
+        self._writer = csv.writer(file)
+        self._writer.writerow(
+            ["timestamp", "elapsed_sec", *(f"gpu{gpu.number}_{kind}" for gpu in found for kind in kinds)]
+        )
+        self._begun = time.monotonic()
+
+    def add(self, found: list[Gpu]) -> None:
+        row: list[str] = [datetime.now().isoformat(timespec="seconds"), f"{time.monotonic() - self._begun:.1f}"]
+        for gpu in found:
+            row += [f"{gpu.used / (1 << 30):.2f}", f"{gpu.total / (1 << 30):.2f}", f"{gpu.percent:.1f}"]
+            row += [f"{gpu.used >> 20}", f"{(gpu.total - gpu.used) >> 20}"]
+        self._writer.writerow(row)
+
+
 class Metrics:
     """One reading of a server's Prometheus metrics."""
 
     def __init__(self, text: str) -> None:
-        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        # The parser appends _total to counters that lack it, as TorchServe's do.
+        self._samples = [
+            (sample.name.removesuffix("_total"), sample.labels, sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
 
     @classmethod
     def read(cls, address: str) -> "Metrics":
@@ -61,12 +89,13 @@ class Metrics:
             raise Unreachable(f"no metrics at {address}: {error}", "serve.py prints their address") from error
 
     def names(self) -> set[str]:
-        return {sample.name for sample in self._samples}
+        """Of all samples; counters without their _total."""
+        return {name for name, _, _ in self._samples}
 
     def total(self, name: str, **labels: str) -> float:
         """The sum of all samples of this name with these labels; 0 if there is none yet."""
         return sum(
-            sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()
+            value for found, theirs, value in self._samples if found == name and labels.items() <= theirs.items()
         )
 
     def mean(self, histogram: str, **labels: str) -> float | None:

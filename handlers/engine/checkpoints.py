@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from handlers.engine.unet_layout import Shapes, UNetLayout
-from protocol.errors import Impossible, Malformed, NotFound
+from luna_protocol.errors import Impossible, Malformed, NotFound
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 _REMAP_BYTES = 32 << 20
@@ -61,14 +61,16 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise NotFound(f"there is no file {path}", "give the path of a .safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise Malformed(
-                f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        # A length may begin like a pickle or a zip archive; only a safetensors header begins with a brace behind it.
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES) or start[8:] != b"{":
+            if start[:2] == b"PK" or start[:1] == b"\x80":
+                raise Malformed(
+                    f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
+                )
             raise Malformed(f"{path.name} is not a safetensors file, or its header is cut off", "download it again")
+        file.seek(8)
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)

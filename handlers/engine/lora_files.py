@@ -13,8 +13,8 @@ from handlers.engine.checkpoints import read_header
 from handlers.engine.lora_merge import Patch, fits
 from handlers.engine.lora_names import Targets
 from handlers.engine.roots import find
-from protocol.blob import set_hash
-from protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge
+from luna_protocol.blob import set_hash
+from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge
 
 SUFFIX = ".safetensors"
 MAX_BYTES = 8 << 30
@@ -154,7 +154,7 @@ class LoraFiles:
         if actual != content:
             raise Malformed(
                 f"LoRA tensors came as {content}, their content has the hash {actual}",
-                "see set_hash in protocol/",
+                "see set_hash in luna_protocol/blob.py",
             )
         source = Source(content)
         if source not in self._loras:

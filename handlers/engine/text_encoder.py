@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
-from protocol.errors import Impossible, Malformed
+from luna_protocol.errors import Impossible, Malformed
 
 END_TOKEN = 49407
 _G_NAMES = {

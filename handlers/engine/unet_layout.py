@@ -7,7 +7,7 @@ ControlNet count them; diffusers groups the same blocks by level. This module kn
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from protocol.errors import Malformed
+from luna_protocol.errors import Malformed
 
 Shapes = Mapping[str, tuple[int, ...]]
 

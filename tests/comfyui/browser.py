@@ -30,7 +30,7 @@ class Browser:
     def open(self, url: str) -> None:
         """Open ComfyUI and wait until its app has started."""
         self.driver.get(url)
-        self.until(lambda: self.script("return Boolean(window.app?.extensionManager && window.app.graph)"), "the app")
+        self.until(lambda: self.script("return Boolean(window.comfyAPI?.app?.app?.extensionManager)"), "the app")
 
     def script(self, source: str, *arguments):
         return self.driver.execute_script(source, *arguments)
@@ -38,7 +38,7 @@ class Browser:
     def find(self, css: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
 
-    def until(self, condition: Callable[[], object], what: str, seconds: float = 120):
+    def until(self, condition: Callable[[], object], what: str, seconds: float = 400):
         """The first true value of `condition`, asked again and again."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -60,7 +60,9 @@ def browser(chromium: str, chromedriver: str) -> Iterator[Browser]:
         options.binary_location = chromium
         for flag in (*_FLAGS, f"--user-data-dir={profile}"):
             options.add_argument(flag)
+        options.page_load_strategy = "none"  # `Browser.open` waits for what it needs
         driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+        driver.set_script_timeout(300)
         try:
             yield Browser(driver)
         finally:

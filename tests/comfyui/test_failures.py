@@ -10,7 +10,7 @@ import pytest
 from comfy_client.server import Server
 from serving.torchserve import TorchServe
 from tests.comfyui.comfyui import ComfyUI, Graph, RunFailed
-from tests.comfyui.test_parity import empty, encode, local, remote, sample
+from tests.comfyui.workflows import empty, encode, gateway, local, remote, sample
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def _picture(g: Graph, checkpoint: str = "sd15.safetensors", steps: int = 2, dae
 
 def test_interrupt_ends_a_run_within_0_3_seconds(comfyui: ComfyUI) -> None:
     g = Graph()
-    _picture(g, steps=500, width=512, height=512)
+    _picture(g, steps=500, width=256, height=256)
     prompt = comfyui.start(g)
     _wait_for_step(comfyui)
     started = time.monotonic()
@@ -53,8 +53,8 @@ def test_a_worker_killed_in_a_run_is_not_noticed(comfyui: ComfyUI, torchserve: T
 def test_an_unknown_lora_is_told_with_those_there_are(comfyui: ComfyUI) -> None:
     g = Graph()
     model, clip, vae = remote(g, "sd15.safetensors")
-    gateway = _gateway(g, model, clip, vae, "a fox <lora:inc:0.8>")
-    g.save(sample(g, gateway[0], (gateway[3], gateway[4]), gateway[5]), "never")
+    out = gateway(g, model, clip, vae, "a fox <lora:inc:0.8>")
+    g.save(sample(g, out[0], (out[3], out[4]), out[5]), "never")
     with pytest.raises(RunFailed, match=r"there is no LoRA 'inc'.*on_server.safetensors.*a.safetensors"):
         comfyui.run(g)
 
@@ -107,30 +107,6 @@ def test_a_wrong_token(stray, tmp_path) -> None:
         _picture(g)
         with pytest.raises(RunFailed, match=r"refuses the .* token of .*key_file.json"):
             comfyui.run(g)
-
-
-def _gateway(g: Graph, model, clip, vae, positive: str, **changes):
-    inputs = {
-        "negative": "blurry",
-        "width": 128,
-        "height": 96,
-        "batch_size": 1,
-        "seed": 5,
-        "steps": 3,
-        "cfg": 4.0,
-        "denoise": 1.0,
-        "clip_skip": -1,
-        "clip_skip_timing": "after_lora",
-        "sampler_name": "euler",
-        "scheduler": "normal",
-        "fb_cache_enabled": False,
-        "fb_cache_start_percent": 0.0,
-        "fb_cache_end_percent": 1.0,
-        "fb_cache_residual_threshold": 0.1,
-        "fb_cache_max_consecutive_hits": -1,
-        "fb_cache_preset": "none",
-    }
-    return g("LunaConfigGateway", model=model, clip=clip, vae=vae, positive=positive, **(inputs | changes))
 
 
 def _wait_for_step(comfyui: ComfyUI) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.comfyui.comfyui import ComfyUI, Graph, Output
+from tests.comfyui.workflows import empty, encode, local, remote, sample
 
 SAMPLERS = (
     "euler",
@@ -27,33 +28,6 @@ LONG_PROMPT = ", ".join(f"a (red:1.{i % 9 + 1}) fox number {i}" for i in range(2
 
 Loader = Callable[[Graph, str], tuple[Output, Output, Output]]
 Workflow = Callable[[Graph, Loader], None]
-
-
-def remote(g: Graph, checkpoint: str) -> tuple[Output, Output, Output]:
-    same = dict.fromkeys(("unet", "clip", "vae"), "from checkpoint")
-    if checkpoint == "sd15_inpaint.safetensors":
-        same["vae"] = "sd15.safetensors"  # the same VAE; its own is not loaded
-    router = g("LunaModelRouter", checkpoint=checkpoint, daemon_mode="force_daemon", **same)
-    return router[0], router[1], router[2]
-
-
-def local(g: Graph, checkpoint: str) -> tuple[Output, Output, Output]:
-    loader = g("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    return loader[0], loader[1], loader[2]
-
-
-def encode(g: Graph, clip: Output, positive: str = "a red fox", negative: str = "blurry") -> tuple[Output, Output]:
-    return g("CLIPTextEncode", clip=clip, text=positive), g("CLIPTextEncode", clip=clip, text=negative)
-
-
-def empty(g: Graph, width: int = 128, height: int = 96, batch: int = 1) -> Output:
-    return g("EmptyLatentImage", width=width, height=height, batch_size=batch)
-
-
-def sample(g: Graph, model: Output, conds: tuple[Output, Output], latent: Output, **changes) -> Output:
-    settings = {"seed": 5, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    positive, negative = conds
-    return g("KSampler", model=model, positive=positive, negative=negative, latent_image=latent, **(settings | changes))
 
 
 def save_picture(g: Graph, picture: Output, checkpoint: str, name: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfyui.comfyui import ComfyUI, Graph, Output, RunFailed
-from tests.comfyui.test_parity import empty, encode, remote, sample
+from tests.comfyui.workflows import empty, encode, remote, sample
 
 pytestmark = pytest.mark.slow
 

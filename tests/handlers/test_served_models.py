@@ -12,9 +12,9 @@ import torch
 import urllib3
 
 from handlers.engine import tokenizer
-from protocol.blob import pack
-from protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge, from_json
-from protocol.messages import ClipEncode, ClipText, Tiling, UNetForward, VaeDecode, VaeEncode
+from luna_protocol.blob import pack
+from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge, from_json
+from luna_protocol.messages import ClipEncode, ClipText, Tiling, UNetForward, VaeDecode, VaeEncode
 from serving.archives import pack_checkpoint
 from tests import checkpoints, reference
 

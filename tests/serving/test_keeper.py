@@ -12,8 +12,8 @@ import torch
 from comfy_client.server import Server
 from handlers.engine.checkpoints import weights_size
 from handlers.engine.memory_budget import Budgets
-from protocol.errors import LunaError, OutOfMemory
-from protocol.messages import UNetForward, Worker
+from luna_protocol.errors import LunaError, OutOfMemory
+from luna_protocol.messages import UNetForward, Worker
 from serving import keeper as keeper_module
 from serving.archives import pack_checkpoint, pack_repository
 from serving.keeper import Keeper, Registered
@@ -123,7 +123,7 @@ def test_a_life_of_models(running, monkeypatch):
 
         # Whoever waits for a model that somebody scales to 0 gets an answer all the same.
         answers = []
-        patient = connect(running, answer=120)
+        patient = connect(running, answer=500)
         big = {"x": torch.ones(2, 4, 48, 48), "timesteps": torch.ones(2), "context": torch.ones(2, 77, 64)}
 
         def ask() -> None:
@@ -139,7 +139,7 @@ def test_a_life_of_models(running, monkeypatch):
             time.sleep(0.05)
         server.scale("c.unet", 0)
         for thread in threads:
-            thread.join(300)
+            thread.join(510)
         answered = [each for each in answers if isinstance(each, torch.Size)]
         assert len(answers) == 10 and len(answered) >= 5, answers
     finally:

@@ -3,7 +3,7 @@ import torch
 
 from handlers.engine.unet import UNet
 from handlers.engine.unet_layout import UNetLayout
-from protocol.errors import Malformed
+from luna_protocol.errors import Malformed
 from tests import checkpoints, reference
 from tests.handlers.engine.conftest import CPU
 
