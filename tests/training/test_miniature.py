@@ -1,0 +1,70 @@
+"""The checkpoint and the LoRAs that are shipped: small enough, and good enough to see what a change does."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from training import shapes
+from training.autoencoder import target_latents
+from training.evaluate import held_out, shares
+from training.painter import CHECKPOINT, LATENT_SCALE, LORAS, Painter
+
+LORA_FILES = sorted(LORAS.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return Painter(CHECKPOINT)
+
+
+def test_the_checkpoint_is_small():
+    assert CHECKPOINT.stat().st_size <= 20e6
+
+
+def test_every_tensor_is_fp16_and_finite():
+    for path in (CHECKPOINT, *LORA_FILES):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                tensor = file.get_tensor(name)
+                assert tensor.dtype == torch.float16, name
+                assert bool(tensor.isfinite().all()), name
+
+
+def test_a_step_cache_has_something_to_skip(painter):
+    layout = painter.unet.layout
+    assert len(layout.channels) >= 3
+    assert all(depth > 0 for level in layout.input_depths + layout.output_depths for depth in level)
+
+
+def test_the_autoencoder_goes_there_and_back(painter):
+    rng = np.random.default_rng(9)
+    drawn = np.stack([shapes.draw(shapes.random_scene(rng)) for _ in range(8)])
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
+    with torch.inference_mode():
+        latent = painter.vae.encode(images)
+        restored = painter.vae.decode(latent).clamp(-1, 1)
+    assert (restored - images).abs().mean().item() / 2 < 0.03
+    assert (latent * LATENT_SCALE - target_latents(images)).abs().mean().item() < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_it_paints_what_captions_say(painter, sampler):
+    found = shares(painter, held_out(40), steps=20, sampler=sampler)
+    assert found["background"] >= 0.9
+    assert found["colour"] >= 0.9
+    assert found["shape"] >= 0.8
+
+
+def test_the_loras_are_small_and_of_several_kinds():
+    assert len(LORA_FILES) >= 3
+    kinds = set()
+    for path in LORA_FILES:
+        assert path.stat().st_size <= 1e6, path.name
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shape = tuple(file.get_slice(name).get_shape())
+                kinds.add((name.rpartition(".lora_down")[1] or name.rpartition(".hada")[1], shape[2:] == (3, 3)))
+    assert (".lora_down", True) in kinds
+    assert (".hada", False) in kinds
