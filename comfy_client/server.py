@@ -20,7 +20,8 @@ from urllib.parse import quote, urlencode
 import torch
 import urllib3
 
-from protocol.blob import pack, unpack
+from comfy_client.transport import Answer, Body, Transport
+from protocol.blob import Blob
 from protocol.errors import Impossible, Internal, LunaError, Malformed, NotFound, TooLarge, Unavailable, from_json
 from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
@@ -81,6 +82,7 @@ class Server:
         self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
         self.timeouts = timeouts
         self._http = urllib3.PoolManager(num_pools=2, maxsize=connections, retries=False)
+        self._transport = Transport(self.inference)
         self._tokens = _Tokens(key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE)), self._renew)
 
     def call(
@@ -88,21 +90,20 @@ class Server:
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The reply's message and tensors.
 
-        Tensors that `request.references` names are sent only when the worker says that it lacks them. A call is tried
-        again while that may help: forwards are pure, and doing one twice does no harm.
+        Tensors that `request.references` names, and LoRAs of the client's own, are sent only when the worker says that
+        it lacks them. A call is tried again while that may help: forwards are pure, and doing one twice does no harm.
         """
         tensors = tensors or {}
-        sent = {name: tensor for name, tensor in tensors.items() if name not in request.references}
+        hashes = {name: _known_as(name, request) for name in tensors}
+        sent = {name: tensor for name, tensor in tensors.items() if hashes[name] is None}
         while True:
-            message, reply = unpack(self._predict(model, pack(request, sent)))
+            message, reply = self._transport.ask(Blob(request, sent), lambda body: self._predict(model, body))
             if message.get("kind") != "missing":
                 return message, reply
-            hashes = validate(Missing, message).hashes
-            lacking = {
-                name: tensors[name] for name, own in request.references.items() if own in hashes and name in tensors
-            }
+            missing = validate(Missing, message).hashes
+            lacking = {name: tensor for name, tensor in tensors.items() if hashes[name] in missing}
             if not lacking.keys() - sent.keys():
-                raise Internal(f"{model} asks for tensors it was sent or that this request does not have: {hashes}")
+                raise Internal(f"{model} asks for tensors that it was sent, or that this request lacks: {missing}")
             sent |= lacking
 
     def index(self) -> Index:
@@ -182,15 +183,15 @@ class Server:
         ready = sum(worker["status"] == "READY" for worker in description["workers"])
         return ready, description["minWorkers"]
 
-    def _predict(self, model: str, body: bytes) -> bytes:
+    def _predict(self, model: str, body: Body) -> Answer:
         """One inference, tried again while the server is full, loading or restarting the worker."""
         deadline = time.monotonic() + self.timeouts.patience
         deaths = 0
         while True:
             response = self._send("POST", self.inference, f"/predictions/{quote(model)}", "inference", body)
             if response.status == 200:
-                return response.data
-            error = _fault(response, model, len(body))
+                return Answer(response.headers["Content-Type"], response.data)
+            error = _fault(response, model, body.blob_bytes)
             if isinstance(error, _WorkerDied):
                 # Once more, as another request may have killed it. One that sees two workers die is to blame itself.
                 deaths += 1
@@ -214,7 +215,7 @@ class Server:
         self._exchange("GET", self.management, f"/token?type={kind}", api_key, None)
 
     def _send(
-        self, method: str, address: str, path: str, kind: str, body: bytes | None = None
+        self, method: str, address: str, path: str, kind: str, body: Body | None = None
     ) -> urllib3.BaseHTTPResponse:
         token = self._tokens.current(kind)
         response = self._exchange(method, address, path, token, body)
@@ -229,16 +230,17 @@ class Server:
         return response
 
     def _exchange(
-        self, method: str, address: str, path: str, token: str | None, body: bytes | None
+        self, method: str, address: str, path: str, token: str | None, body: Body | None
     ) -> urllib3.BaseHTTPResponse:
-        headers = {"Content-Type": "application/octet-stream"} if body is not None else {}
+        headers = {"Content-Type": body.content_type} if body else {}
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         timeout = urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.answer)
         attempts = 1 if method == "DELETE" else 3
         for attempt in range(1, attempts + 1):
             try:
-                return self._http.request(method, address + path, body=body, headers=headers, timeout=timeout)
+                sent = body.fresh() if body else None
+                return self._http.request(method, address + path, body=sent, headers=headers, timeout=timeout)
             except urllib3.exceptions.ReadTimeoutError as error:
                 raise Unavailable(
                     f"{address} did not answer within {self.timeouts.answer:.0f} s", "Timeouts.answer sets the limit"
@@ -314,6 +316,13 @@ class _WorkerDied(Internal):
 
 class _AlreadyThere(LunaError):
     """A model of that name is registered."""
+
+
+def _known_as(tensor: str, request: Request) -> str | None:
+    """The hash that stands for a tensor, or None where it always travels."""
+    if tensor.startswith("lora."):
+        return tensor.split(".", 2)[1]
+    return request.references.get(tensor)
 
 
 def _token_refused(response: urllib3.BaseHTTPResponse) -> bool:

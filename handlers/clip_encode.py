@@ -3,12 +3,14 @@
 from collections.abc import Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handlers.engine import tokenizer
 from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.lora_names import text_targets
 from handlers.engine.text_encoder import TextEncoder
-from handlers.role_handler import Item, Reply, RoleHandler
+from handlers.patched_handler import PatchedHandler
+from handlers.role_handler import Item, Reply
 from protocol.errors import Impossible, NotFound
 from protocol.messages import ClipEncode, ClipOutput, ClipText
 
@@ -16,7 +18,7 @@ MAX_ROWS = 256
 _PAD = {"clip_l": tokenizer.END, "clip_g": 0}
 
 
-class ClipHandler(RoleHandler):
+class ClipHandler(PatchedHandler):
     accepts = (ClipEncode, ClipText)
 
     def load(self) -> None:
@@ -26,6 +28,9 @@ class ClipHandler(RoleHandler):
             name: TextEncoder.load(path, part, name, self.dtype, self.device)
             for name in sorted(part.prefixes, reverse=True)
         }
+        models = {name: encoder.model for name, encoder in self.encoders.items()}
+        names = {name: [own for own, _ in model.named_parameters()] for name, model in models.items()}
+        self.take_loras(nn.ModuleDict(models), text_targets(names))
 
     def weights_bytes(self) -> int:
         return sum(p.nbytes for encoder in self.encoders.values() for p in encoder.model.parameters())
@@ -46,7 +51,7 @@ class ClipHandler(RoleHandler):
             return id(item)
         return (item.request.model_dump_json(exclude={"references"}), item.tensors["tokens"].shape[1])
 
-    def run(self, items: list[Item]) -> list[Reply]:
+    def run_patched(self, items: list[Item]) -> list[Reply]:
         first = items[0].request
         if isinstance(first, ClipText):
             return [self._text(first)]

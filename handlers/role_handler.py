@@ -7,16 +7,18 @@ together run as one, and each gets its own reply or its own error: what one clie
 import logging
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from handlers.engine.lora_overlays import Stack
 from handlers.engine.tensor_cache import TensorCache
 from handlers.settings import HandlerSettings
+from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import WorkerState
-from protocol import blob
+from protocol.blob import Blob
 from protocol.errors import Impossible, Internal, LunaError, Malformed, OutOfMemory, Unavailable
 from protocol.messages import Message, Missing, Request, Worker, parse_request
 
@@ -27,10 +29,12 @@ R = TypeVar("R", bound=Request)
 
 @dataclass
 class Item(Generic[R]):
-    """One client's request with its tensors, as they came (on the CPU)."""
+    """One client's request with its tensors, as they came: on the CPU, in memory that is the client's again once it has
+    its reply; what is kept for longer has to be cloned. `stack` is its LoRAs, for roles that take some."""
 
     request: R
     tensors: dict[str, Tensor]
+    stack: Stack = field(default_factory=Stack)
 
     def take(self, name: str, ndim: int) -> Tensor:
         """The tensor `name`, which must have `ndim` dimensions.
@@ -50,8 +54,11 @@ class Item(Generic[R]):
 
 @dataclass
 class Reply:
+    """A message, its tensors, and by how much this request raises counters that metrics.yaml declares."""
+
     message: Message
     tensors: dict[str, Tensor]
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 class RoleHandler:
@@ -69,6 +76,10 @@ class RoleHandler:
     def weights_bytes(self) -> int:
         """Bytes of weights this worker holds."""
         return 0
+
+    def missing(self, item: Item) -> list[str]:
+        """Content hashes, beside those of `references`, that the client has to send first."""
+        return []
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
@@ -123,6 +134,7 @@ class RoleHandler:
         self.device = torch.device(f"cuda:{assigned}") if cuda else torch.device("cpu")
         self.settings = self.settings_type.model_validate(context.model_yaml_config["handler"])
         self.dtype = self.settings.compute_dtype(self.device)
+        self.transport = Transport()
         self.tensors = TensorCache(self.settings.tensor_cache_mb << 20)
         worker = Worker(
             pid=os.getpid(), state="loading", device=str(self.device), assigned_gpu=assigned, dtype=str(self.dtype)[6:]
@@ -132,9 +144,10 @@ class RoleHandler:
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
         if self.failure is not None:
             raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
-        message, tensors = _decode(_body(row))
+        message, tensors = self.transport.receive(row)
         request = parse_request(message, self.accepts)
-        missing = []
+        item = Item(request, tensors)
+        missing = self.missing(item)
         for name, key in request.references.items():
             if name in tensors:
                 self.tensors.put(key, tensors[name])
@@ -144,7 +157,6 @@ class RoleHandler:
                 missing.append(key)
         if missing:
             return Reply(Missing(hashes=missing), {})
-        item = Item(request, tensors)
         self.check(item)
         items[index] = item
         return None
@@ -180,28 +192,21 @@ class RoleHandler:
             log.exception("a request failed")
             return Internal(f"{type(error).__name__}: {error}", "the server's log has the whole story")
 
-    def _encode(self, outcome: Reply | LunaError, row: dict[str, Any], context, index: int) -> bytes:
+    def _encode(self, outcome: Reply | LunaError, row: dict[str, Any], context, index: int) -> bytes | bytearray:
         if isinstance(outcome, LunaError):
-            context.set_response_content_type(index, "application/json")
+            context.set_response_content_type(index, JSON)
             context.set_response_status(outcome.status, type(outcome).__name__, index)
             if outcome.retry_after is not None:
                 context.set_response_header(index, "Retry-After", str(max(1, round(outcome.retry_after))))
             return outcome.to_json()
-        if not outcome.tensors and isinstance(_body(row), dict):
-            context.set_response_content_type(index, "application/json")
-            return outcome.message.model_dump_json().encode()
-        context.set_response_content_type(index, "application/octet-stream")
-        return blob.pack(outcome.message, outcome.tensors)
-
-
-def _body(row: dict[str, Any]) -> Any:
-    return row.get("body", row.get("data"))
-
-
-def _decode(body: Any) -> tuple[dict, dict[str, Tensor]]:
-    """A blob, or, from callers that send no tensors, the message as plain JSON (which TorchServe has parsed)."""
-    if isinstance(body, dict):
-        return body, {}
-    if isinstance(body, bytes | bytearray):
-        return blob.unpack(body)
-    raise Malformed("the request has no body", "send a safetensors blob, or JSON with Content-Type: application/json")
+        for name, amount in outcome.counters.items():
+            context.metrics.add_counter(name, amount)
+        if not outcome.tensors and is_plain_json(row):
+            content_type, body = JSON, outcome.message.model_dump_json().encode()
+        else:
+            answer = self._guarded(lambda: self.transport.answer(row, Blob(outcome.message, outcome.tensors)))
+            if isinstance(answer, LunaError):
+                return self._encode(answer, row, context, index)
+            content_type, body = answer
+        context.set_response_content_type(index, content_type)
+        return body

@@ -15,7 +15,8 @@ class HandlerSettings(BaseModel):
     """Settings that every role has.
 
     home is where the folders of `Roots` lie unless the environment says otherwise; checkpoint is a path relative to
-    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`.
+    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`. A UNet's step cache
+    holds at most step_cache_mb, and drops what a sampling run has not used for step_cache_ttl seconds.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -27,6 +28,8 @@ class HandlerSettings(BaseModel):
     checkpoint_roots: list[Path] = []
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     tensor_cache_mb: int = Field(default=512, ge=1)
+    step_cache_mb: int = Field(default=1024, ge=0)
+    step_cache_ttl: float = Field(default=300, gt=0, allow_inf_nan=False)
 
     @property
     def roots(self) -> Roots:

@@ -1,27 +1,35 @@
 """Serves a UNet: `UNetForward` in, `UNetOutput` out."""
 
 from collections.abc import Hashable
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.lora_names import unet_targets
+from handlers.engine.step_cache import Outcome, Row, StepCache, rows_of
+from handlers.engine.step_presets import Presets
 from handlers.engine.unet import Control, UNet
-from handlers.role_handler import Item, Reply, RoleHandler
+from handlers.patched_handler import PatchedHandler
+from handlers.role_handler import Item, Reply
 from protocol.errors import Impossible, Malformed
-from protocol.messages import UNetForward, UNetOutput
+from protocol.messages import StepCacheReport, UNetForward, UNetOutput
 
 MAX_LATENT_POSITIONS = 1024 * 1024  # 8192 x 8192 pixels a row
 MAX_ROWS = 64
 _PLACES = ("input", "middle", "output")
 
 
-class UNetHandler(RoleHandler):
+class UNetHandler(PatchedHandler):
     accepts = (UNetForward,)
 
     def load(self) -> None:
         path = self.settings.checkpoint_path()
         self.unet = UNet.load(path, detect(read_header(path)).parts["unet"], self.dtype, self.device)
+        self.step_cache = StepCache(self.unet, self.settings.step_cache_mb << 20, self.settings.step_cache_ttl)
+        self.presets = Presets.load(path)
+        self.take_loras(self.unet.model, unet_targets(self.unet.names))
 
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.unet.model.parameters())
@@ -52,26 +60,55 @@ class UNetHandler(RoleHandler):
             if not tensor.ndim or len(tensor) != rows:
                 raise Impossible(f"{name} has shape {list(tensor.shape)}", f"x has {rows} rows, so must {name}")
         _control(item.tensors)
+        self._cache_rows(item)
+
+    def rows(self, item: Item[UNetForward]) -> int:
+        return len(item.tensors["x"])
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
 
-    def run(self, items: list[Item[UNetForward]]) -> list[Reply]:
+    def run_patched(self, items: list[Item[UNetForward]]) -> list[Reply]:
         joined = {name: self._joined(items, name) for name in items[0].tensors}
         y = joined.get("y")
-        out = self.unet.forward(
+        out, outcomes = self.step_cache.forward(
             joined["x"].to(self.dtype),
             joined["timesteps"].float(),
             joined["context"].to(self.dtype),
             None if y is None else y.to(self.dtype),
             _control(joined),
+            [row for item in items for row in self._cache_rows(item)],
         )
         parts = out.cpu().split([len(item.tensors["x"]) for item in items])
-        return [Reply(UNetOutput(), {"out": part}) for part in parts]
+        outcomes = iter(outcomes)
+        return [_reply(item, part, list(islice(outcomes, len(part)))) for item, part in zip(items, parts, strict=True)]
+
+    def _cache_rows(self, item: Item[UNetForward]) -> list[Row | None]:
+        cache, count = item.request.step_cache, len(item.tensors["x"])
+        if cache is None:
+            return [None] * count
+        if len(cache.conds) != count:
+            raise Impossible(f"step_cache names {len(cache.conds)} conds", f"x has {count} rows, so must conds")
+        policy, window = self.presets.resolve(cache)
+        self.step_cache.check(policy)
+        return rows_of(cache.session, cache.step, cache.conds, policy, window, variant=item.stack)
 
     def _joined(self, items: list[Item], name: str) -> Tensor:
         tensors = [item.tensors[name].to(self.device) for item in items]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _reply(item: Item[UNetForward], out: Tensor, outcomes: list[Outcome]) -> Reply:
+    if item.request.step_cache is None:
+        return Reply(UNetOutput(), {"out": out})
+    hits = [outcome.hit for outcome in outcomes]
+    saved = sum(outcome.seconds_saved for outcome in outcomes)
+    counters = {
+        "StepCacheHits": sum(hits),
+        "StepCacheMisses": len(hits) - sum(hits),
+        "StepCacheSecondsSaved": saved,
+    }
+    return Reply(UNetOutput(step_cache=StepCacheReport(hits=hits, seconds_saved=saved)), {"out": out}, counters)
 
 
 def _control(tensors: dict[str, Tensor]) -> Control:

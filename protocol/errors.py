@@ -56,6 +56,12 @@ class Impossible(LunaError):
     status, code = 422, "impossible"
 
 
+class NoSharedMemory(LunaError):
+    """This worker cannot map the client's memory (another machine, container or user): send the blob as the body."""
+
+    status, code = 422, "no_shared_memory"
+
+
 class Unavailable(LunaError):
     """Loading, full or gone; worth trying again after `retry_after` seconds."""
 
@@ -74,7 +80,17 @@ class Internal(LunaError):
 
 _BY_CODE = {
     kind.code: kind
-    for kind in (Malformed, NotFound, VersionMismatch, TooLarge, Impossible, Unavailable, OutOfMemory, Internal)
+    for kind in (
+        Malformed,
+        NotFound,
+        VersionMismatch,
+        TooLarge,
+        Impossible,
+        NoSharedMemory,
+        Unavailable,
+        OutOfMemory,
+        Internal,
+    )
 }
 
 

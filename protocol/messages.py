@@ -55,7 +55,7 @@ class LoraUse(Message):
         return self
 
 
-Stack = Annotated[list[LoraUse], Field(default_factory=list, max_length=64)]
+LoraUses = Annotated[list[LoraUse], Field(default_factory=list, max_length=64)]
 
 
 class Patched(Request):
@@ -64,8 +64,8 @@ class Patched(Request):
     lora is merged into the weights in this order; hook_lora then into the merged and rounded weights (ComfyUI's hooks).
     """
 
-    lora: Stack
-    hook_lora: Stack
+    lora: LoraUses
+    hook_lora: LoraUses
 
 
 class LoraReport(Message):

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import venv
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,23 +16,27 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 OLDEST = (3, 11)
 
 
-def ensure(requirements: str = "requirements.txt") -> None:
+def ensure(requirements: str = "requirements.txt") -> float:
     """Return in an interpreter that holds every pinned package, with the repository itself importable.
+
+    The result is when the user started the script, as `time.time()` has it.
 
     Where the running one does not, .venv is made or brought up to date, and the script starts again under it. The check
     reads the installed packages' own records: it notices an interrupted installation, and takes milliseconds.
     """
+    started = os.environ.pop("LUNA_STARTED", str(time.time()))
     if sys.version_info < OLDEST:
         sys.exit(f"Python {'.'.join(map(str, OLDEST))} or later is needed; this is {sys.version.split()[0]}.")
     pins = _pins(ROOT / requirements)
     if not (wrong := _wrong(pins)):
         sys.path[0] = str(ROOT)
-        return
+        return float(started)
     if Path(sys.prefix).resolve() != VENV.resolve():
         if not PYTHON.exists():
             _make()
     else:
         _install(requirements, wrong)
+    os.environ["LUNA_STARTED"] = started
     _start_again()
 
 

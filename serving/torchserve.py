@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,17 +34,17 @@ class Ports:
 
     @classmethod
     def from_first(cls, first: int) -> "Ports":
-        """Three in a row from `first` on for inference, management and metrics, or, for 0, any that are free."""
+        """Three in a row from `first` on for inference, management and metrics; for 0, where there are free ones."""
         return replace(cls(), inference=first, management=first + 1, metrics=first + 2) if first else cls.free()
 
     @classmethod
     def free(cls) -> "Ports":
-        """Ports that nothing listens on now."""
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
-        ports = [each.getsockname()[1] for each in sockets]
-        for each in sockets:
-            each.close()
-        return cls(*ports)
+        """Ports in a row that nothing uses now, from below those that systems give to outgoing connections."""
+        while True:
+            first = random.randrange(20000, 32000)
+            ports = cls(*range(first, first + len(fields(cls))))
+            if all(map(_is_free, vars(ports).values())):
+                return ports
 
 
 class TorchServe:
@@ -93,7 +94,8 @@ class TorchServe:
     def start(self) -> "TorchServe":
         """Start, and return once the server answers."""
         for name, port in vars(self.ports).items():
-            _require_free(name, port)
+            if not _is_free(port):
+                raise RuntimeError(f"port {port} ({name}) is taken: stop what listens there, or choose another --port")
         self.store.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.key_file.unlink(missing_ok=True)
@@ -173,6 +175,9 @@ class TorchServe:
             "LUNA_RUN": str(self.run),
             "LUNA_MODEL_STORE": str(self.store),
             "HF_HUB_OFFLINE": "1",
+            # Workers share the cores with each other and with the clients; threads that spin while they wait made a
+            # forward nine times slower there.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
 
     def _wait_for_answer(self) -> None:
@@ -197,13 +202,12 @@ def _read_properties(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip().replace("\\\\", "\\") for key, value in pairs}
 
 
-def _require_free(name: str, port: int) -> None:
+def _is_free(port: int) -> bool:
     try:
         socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise RuntimeError(
-            f"port {port} ({name}) is taken: {error.strerror}. Stop what listens there, or choose another --port."
-        ) from error
+    except OSError:
+        return False
+    return True
 
 
 def _answers(port: int) -> bool:

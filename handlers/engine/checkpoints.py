@@ -15,6 +15,7 @@ from handlers.engine.unet_layout import Shapes, UNetLayout
 from protocol.errors import Impossible, Malformed, NotFound
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
+_REMAP_BYTES = 32 << 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -108,14 +109,26 @@ def read_tensors(
     """One component's tensors on `device`, floating ones as `dtype`.
 
     The file is mapped, and each tensor goes straight to its place: on the CPU a tensor already of `dtype` stays in the
-    mapping, shared by every process that serves the file.
+    mapping, shared by every process that serves the file. Where tensors are cast, the mapping is renewed now and then,
+    so that what was read does not add up in this process.
+
+    Raises:
+        Malformed: the file is corrupt.
     """
+    wanted = list(part.keys(read_header(path), component))
+    tensors: dict[str, torch.Tensor] = {}
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            keys = part.keys(dict.fromkeys(file.keys(), ()), component)
-            return {short: _cast(file.get_tensor(key), dtype) for key, short in keys}
+        while len(tensors) < len(wanted):
+            read = 0
+            with safe_open(path, "pt", device=str(device)) as file:
+                for key, short in wanted[len(tensors) :]:
+                    tensors[short] = _cast(file.get_tensor(key), dtype)
+                    read += tensors[short].nbytes
+                    if read > _REMAP_BYTES:
+                        break
     except (SafetensorError, OSError) as error:
         raise Malformed(f"{Path(path).name} cannot be read: {error}", "is the file complete?") from error
+    return tensors
 
 
 def read_scalars(path: Path, names: Sequence[str]) -> dict[str, float]:

@@ -6,6 +6,8 @@ from pathlib import Path, PurePosixPath
 
 from protocol.errors import Malformed, NotFound
 
+MAX_NAME = 255  # bytes, of most file systems
+
 
 @dataclass(frozen=True)
 class Roots:
@@ -58,12 +60,17 @@ def confined(root: Path, name: str) -> Path:
     """The path of `name` (relative, with forward slashes) under `root`, symbolic links followed.
 
     Raises:
-        Malformed: the name is absolute, or leads out of the root.
+        Malformed: the name is absolute, leads out of the root, or could be no file's.
     """
+    hint = "give a name below it, such as 'styles/ink.safetensors'"
     relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or ":" in name or not name.isprintable():
+        raise Malformed(f"{name[:80]!r} leads out of its folder, or is no file name", hint)
+    if len(name.encode()) > MAX_NAME:
+        raise Malformed(f"a name of {len(name.encode())} bytes: {name[:80]!r}", f"names have at most {MAX_NAME}")
     path = (Path(root) / relative).resolve()
-    if relative.is_absolute() or ":" in name or "\0" in name or not path.is_relative_to(Path(root).resolve()):
-        raise Malformed(f"{name!r} leads out of its folder", "give a name below it, such as 'styles/ink.safetensors'")
+    if not path.is_relative_to(Path(root).resolve()):
+        raise Malformed(f"{name!r} leads out of its folder", hint)
     return path
 
 

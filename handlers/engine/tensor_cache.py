@@ -23,13 +23,15 @@ class TensorCache:
         return self._tensors.get(key)
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Keeps `tensor` under its hash.
+        """Keeps a copy of `tensor` under its hash.
 
         Raises:
             Malformed: `key` is not the hash of this tensor.
         """
         if key in self._tensors:
             return
+        # Copied first: whose memory it is could still write to it.
+        tensor = tensor.clone()
         actual = content_hash(tensor)
         if key != actual:
             raise Malformed(

@@ -5,7 +5,9 @@ does not offer. Bit-equal to diffusers' `UNet2DConditionModel` for SD1.x, and to
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +20,67 @@ from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, r
 from handlers.engine.unet_layout import UNetLayout
 
 Control = Mapping[str, list[Tensor | None]]
+
+
+@dataclass
+class Flow:
+    """Rows on their way through the UNet, between two blocks.
+
+    rows: their places in the batch, in the order in which the tensors hold them; h: [rows, c, h, w]; skips: what the
+    output blocks still have to take up, first input block first; emb, context, control: as in `UNet`.
+    """
+
+    rows: list[int]
+    h: Tensor
+    skips: list[Tensor]
+    emb: Tensor
+    context: Tensor
+    control: Control
+
+    def select(self, indices: list[int]) -> "Flow":
+        """The rows at these indices, copied."""
+        return Flow(
+            [self.rows[i] for i in indices],
+            self.h[indices],
+            [skip[indices] for skip in self.skips],
+            self.emb[indices],
+            self.context[indices],
+            select_control(self.control, indices),
+        )
+
+    def join(self, other: "Flow") -> "Flow":
+        """The rows of both, which stand before the same block."""
+        if not self.rows:
+            return other
+        return Flow(
+            self.rows + other.rows,
+            torch.cat((self.h, other.h)),
+            [torch.cat(pair) for pair in zip(self.skips, other.skips, strict=True)],
+            torch.cat((self.emb, other.emb)),
+            torch.cat((self.context, other.context)),
+            {
+                place: [
+                    None if a is None else torch.cat((a, b))
+                    for a, b in zip(residuals, other.control[place], strict=True)
+                ]
+                for place, residuals in self.control.items()
+            },
+        )
+
+
+class Detours(Protocol):
+    """Lets rows pass blocks by: they leave behind an input block and rejoin before an output block or the head."""
+
+    def after_input(self, index: int, flow: Flow) -> Flow:
+        """The rows that go on behind input block `index`."""
+
+    def before_output(self, index: int, flow: Flow) -> Flow:
+        """The rows that enter output block `index`; the head counts as one more."""
+
+
+def select_control(control: Control, indices: list[int]) -> Control:
+    """The residuals of the rows at `indices`."""
+    return {place: [None if r is None else r[indices] for r in residuals] for place, residuals in control.items()}
 
 
 class UNet:
@@ -92,7 +155,13 @@ class UNet:
         return self.model.conv_out(self.model.conv_act(self.model.conv_norm_out(h)))
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, control: Control | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        control: Control | None = None,
+        detours: Detours | None = None,
     ) -> Tensor:
         """The predicted noise (or v) [B, C, H, W].
 
@@ -103,19 +172,30 @@ class UNet:
             y: [B, A], SDXL only.
             control: residuals in ComfyUI's order: "input" added behind each input block, "middle" behind the middle
                 block, "output" to each skip connection, deepest first. Missing and None entries add nothing.
+            detours: what lets rows pass blocks by; without it, and where no row does, every row runs through all.
         """
-        control = control or {}
-        emb = self.embed(timesteps, y)
-        h, skips = x, []
+        flow = Flow(list(range(len(x))), x, [], self.embed(timesteps, y), context, control or {})
         for index, block in enumerate(self.input_blocks):
-            h = _add(self.run(block, h, emb, context), control, "input", index)
-            skips.append(h)
-        h = _add(self.run(self.middle_block, h, emb, context), control, "middle", 0)
+            if flow.rows:
+                flow.h = _add(self.run(block, flow.h, flow.emb, flow.context), flow.control, "input", index)
+                flow.skips.append(flow.h)
+            if detours:
+                flow = detours.after_input(index, flow)
+        if flow.rows:
+            flow.h = _add(self.run(self.middle_block, flow.h, flow.emb, flow.context), flow.control, "middle", 0)
         for index, block in enumerate(self.output_blocks):
-            skip = _add(skips.pop(), control, "output", index)
-            size = skips[-1].shape[2:] if skips else None
-            h = self.run(block, torch.cat((h, skip), dim=1), emb, context, size)
-        return self.head(h)
+            if detours:
+                flow = detours.before_output(index, flow)
+            if flow.rows:
+                skip = _add(flow.skips.pop(), flow.control, "output", index)
+                size = flow.skips[-1].shape[2:] if flow.skips else None
+                flow.h = self.run(block, torch.cat((flow.h, skip), dim=1), flow.emb, flow.context, size)
+        if detours:
+            flow = detours.before_output(len(self.output_blocks), flow)
+        out = self.head(flow.h)
+        if flow.rows == sorted(flow.rows):
+            return out
+        return out[sorted(range(len(flow.rows)), key=flow.rows.__getitem__)]
 
 
 def _add(h: Tensor, control: Control, place: str, index: int) -> Tensor:

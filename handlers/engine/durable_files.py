@@ -1,0 +1,69 @@
+"""Files that are complete under their final name or not there at all, whatever is killed or unplugged in between."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def write_part(part: Path, content: bytes | memoryview) -> str:
+    """Writes `content` to the temporary file `part` and waits until the disk holds it; its SHA-256.
+
+    Raises:
+        OSError: disk full and the like; nothing is left behind.
+    """
+    make_folder(part.parent)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(part.parent)
+    return hashlib.sha256(content).hexdigest()
+
+
+def put_in_place(part: Path, final: Path) -> None:
+    """Gives the complete file `part` its final name; may be repeated after a crash at any point.
+
+    Raises:
+        FileExistsError: `final` is another file; it is not touched.
+        FileNotFoundError: neither is there.
+    """
+    if not part.exists():
+        if final.exists():
+            return
+        raise FileNotFoundError(f"neither {part} nor {final} is there")
+    try:
+        os.link(part, final)
+    except FileExistsError:
+        if not part.samefile(final):
+            raise
+    except OSError:
+        # A file system without hard links (FAT, some network shares). Windows' rename refuses to overwrite; elsewhere
+        # another program has microseconds to take the name.
+        if final.exists():
+            raise FileExistsError(f"{final} is there already") from None
+        part.rename(final)
+    sync_folder(final.parent)
+    part.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder` and its parents, each entry on disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the disk holds `folder`'s entries. Windows cannot and need not: NTFS logs them."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

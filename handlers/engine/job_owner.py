@@ -1,0 +1,61 @@
+"""Who works on a job, and whether it still lives: each owner holds a lock file that the kernel frees when it dies.
+
+Safer than process ids, which are used again and differ between containers.
+"""
+
+import secrets
+from collections.abc import Set
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class Owner:
+    """This worker among those that share the folder `folder`, for as long as its process lives or until `release`."""
+
+    def __init__(self, folder: Path):
+        self.id = secrets.token_hex(8)
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder / f"{self.id}.lock")
+        self._lock.acquire()
+
+    def is_dead(self, owner: str) -> bool:
+        """True when `owner` has died on this machine; one of another machine is not seen, its lease has to expire."""
+        path = self._folder / f"{owner}.lock"
+        return owner != self.id and path.exists() and not _is_held(path)
+
+    def forget_dead(self, needed: Set[str]) -> None:
+        """Removes the lock files of dead owners, but for those `needed` to tell whose jobs are free."""
+        for path in self._folder.glob("*.lock"):
+            if path.stem not in needed and self.is_dead(path.stem):
+                _remove(path)
+
+    def release(self) -> None:
+        self._lock.release()
+        _remove(self._folder / f"{self.id}.lock")
+
+
+def count_living(folder: Path) -> int:
+    """Workers that share the folder just now."""
+    return sum(_is_held(path) for path in folder.glob("*.lock"))
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with _lock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock(path: Path) -> FileLock:
+    # Any thread of the process may release it; and each probe is an object of its own, so that it really asks.
+    return FileLock(path, thread_local=False)
+
+
+def _remove(path: Path) -> None:
+    # On Windows a file that somebody probes just now stays until the next time.
+    with suppress(OSError):
+        path.unlink()

@@ -1,0 +1,110 @@
+"""What the roles share whose weights LoRAs patch: uploads, stacks, the choice between merging and not, reports."""
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from handlers.engine.lora_files import LoraFiles
+from handlers.engine.lora_names import Targets
+from handlers.engine.lora_overlays import Match, Overlays
+from handlers.role_handler import Item, Reply, RoleHandler
+from handlers.settings import HandlerSettings
+from protocol.errors import Malformed
+from protocol.messages import LoraReport, Patched
+
+UPLOAD = "lora."
+MAX_NAMES = 256
+
+
+class PatchedSettings(HandlerSettings):
+    """Settings of roles that take LoRAs.
+
+    lora_cache_mb bounds the parsed LoRAs in host memory, lora_overlay_mb the merged weights on the device; None lets
+    these take their share of what is free (`FREE_SHARE`).
+    """
+
+    lora_cache_mb: int = Field(default=2048, ge=0)
+    lora_overlay_mb: int | None = Field(default=None, ge=0)
+
+
+class PatchedHandler(RoleHandler):
+    """A RoleHandler whose subclasses call `take_loras` when they load, and answer `run_patched` instead of `run`."""
+
+    settings_type = PatchedSettings
+
+    def run_patched(self, items: list[Item]) -> list[Reply]:
+        """Replies to requests of one group, while the model has their LoRAs."""
+        raise NotImplementedError
+
+    def rows(self, item: Item) -> int | None:
+        """How many rows this request has in a batch, one request's after the other's; None if they may not run beside
+        rows with other LoRAs."""
+        return None
+
+    def take_loras(self, model: nn.Module, targets: Targets) -> None:
+        """Prepares for patching `model`, whose parameters `targets` names."""
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        files = LoraFiles(self.settings.roots.loras, targets, shapes, self.settings.lora_cache_mb << 20)
+        overlay_mb = self.settings.lora_overlay_mb
+        self.overlays = Overlays(model, files, targets.seeds, None if overlay_mb is None else overlay_mb << 20)
+
+    def missing(self, item: Item[Patched]) -> list[str]:
+        uploads = _uploads(item.tensors)
+        used = {use.content for use in (*item.request.lora, *item.request.hook_lora)}
+        for content, tensors in uploads.items():
+            if content not in used:
+                raise Malformed(f"tensors came for the LoRA {content!r}, which no entry of the stack names")
+            self.overlays.receive(content, tensors)
+        item.stack = self.overlays.stack(item.request.lora, item.request.hook_lora)
+        return self.overlays.missing(item.stack)
+
+    def run(self, items: list[Item[Patched]]) -> list[Reply]:
+        """Row-wise beside the weights where one overlay for each stack would not fit in memory and every stack can do
+        without merging; else stack by stack, merged."""
+        stacks = dict.fromkeys(item.stack for item in items)
+        if self._beside(items, list(stacks)):
+            with self.overlays.unmerged([(item.stack, self.rows(item)) for item in items]) as matches:
+                replies = self.run_patched(items)
+            for item, reply, match in zip(items, replies, matches, strict=True):
+                reply.message.unmerged = True
+                reply.message.lora = _reports(item.request, match)
+            return replies
+        replies = {}
+        for stack in stacks:
+            members = [index for index, item in enumerate(items) if item.stack == stack]
+            with self.overlays.merged(stack) as match:
+                replies |= zip(members, self.run_patched([items[index] for index in members]), strict=True)
+            for index in members:
+                replies[index].message.lora = _reports(items[index].request, match)
+        return [replies[index] for index in range(len(items))]
+
+    def _beside(self, items: list[Item], stacks: list) -> bool:
+        return (
+            any(stack.uses for stack in stacks)
+            and not self.overlays.fit(stacks)
+            and all(self.rows(item) is not None for item in items)
+            and all(map(self.overlays.mergeless, stacks))
+        )
+
+
+def _uploads(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{content hash: tensors under their names in the file}, taken out of a request's tensors."""
+    uploads: dict[str, dict[str, Tensor]] = {}
+    for name in [name for name in tensors if name.startswith(UPLOAD)]:
+        content, _, own = name.removeprefix(UPLOAD).partition(".")
+        uploads.setdefault(content, {})[own] = tensors.pop(name)
+    return uploads
+
+
+def _reports(request: Patched, matches: Sequence[Match]) -> list[LoraReport]:
+    return [
+        LoraReport(
+            name=use.name,
+            content=use.content,
+            matched=match.patched,
+            unmatched=len(match.unmatched),
+            unmatched_names=list(match.unmatched[:MAX_NAMES]),
+        )
+        for use, match in zip((*request.lora, *request.hook_lora), matches, strict=True)
+    ]

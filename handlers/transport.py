@@ -1,0 +1,64 @@
+"""How blobs reach a worker and go back: through the client's shared memory, or as HTTP bodies."""
+
+import json
+from typing import Any
+
+from torch import Tensor
+
+from protocol.blob import Blob, unpack
+from protocol.errors import Malformed
+from protocol.messages import validate
+from protocol.shared_memory import Attachments, SharedBlob
+
+JSON, BLOB = "application/json", "application/octet-stream"
+
+
+class Transport:
+    """The worker's end."""
+
+    def __init__(self):
+        self._attachments = Attachments()
+
+    def receive(self, row: dict[str, Any]) -> tuple[dict, dict[str, Tensor]]:
+        """The message and the tensors of one of TorchServe's rows.
+
+        The tensors are views of the body, or of the client's memory.
+
+        Raises:
+            Malformed: neither a blob nor JSON.
+            NoSharedMemory: the memory that it names cannot be mapped here.
+        """
+        body = _body(row)
+        if (place := _place(body)) is not None:
+            return unpack(self._attachments.view(place.request, place.request_bytes))
+        if isinstance(body, dict):
+            return body, {}
+        if isinstance(body, bytes | bytearray):
+            return unpack(body)
+        raise Malformed(
+            "the request has no body", "send a safetensors blob, or JSON with Content-Type: application/json"
+        )
+
+    def answer(self, row: dict[str, Any], reply: Blob) -> tuple[str, bytes | bytearray]:
+        """Content type and body of the reply: in the client's memory if it offers some and it fits."""
+        place = _place(_body(row))
+        if place is not None and reply.size <= place.reply_bytes:
+            reply.write(self._attachments.view(place.reply, reply.size))
+            return JSON, json.dumps({"shared_memory": reply.size}).encode()
+        return BLOB, reply.pack()
+
+
+def is_plain_json(row: dict[str, Any]) -> bool:
+    """Whether the request is the message itself, from a caller that expects the same of a reply without tensors."""
+    body = _body(row)
+    return isinstance(body, dict) and _place(body) is None
+
+
+def _body(row: dict[str, Any]) -> Any:
+    return row.get("body", row.get("data"))
+
+
+def _place(body: Any) -> SharedBlob | None:
+    if isinstance(body, dict) and "shared_memory" in body:
+        return validate(SharedBlob, body["shared_memory"])
+    return None

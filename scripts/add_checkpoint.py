@@ -1,0 +1,76 @@
+"""Pack checkpoints into the model store and, where the server is running, have them served at once.
+
+Family and parts are found from the file's header; the weights stay where they are.
+"""
+
+import _environment
+
+_environment.ensure()
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from comfy_client.server import Server
+from handlers.engine.roots import Roots
+from protocol.errors import LunaError
+from serving.archives import Archive, pack_checkpoint
+from serving.loading import load, overview
+from serving.specs import SpecError
+from serving.torchserve import ROOT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .safetensors file in ComfyUI's layout")
+    parser.add_argument("--name", help="what the models are called before the dot, instead of the file's name")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), help="what to compute in, instead of the specs' choice"
+    )
+    parser.add_argument("--store", type=Path, default=Roots.from_environment(ROOT).model_store, help="(%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8080, help="of the running server, as given to serve.py (%(default)s)"
+    )
+    arguments = parser.parse_args()
+    if arguments.name and len(arguments.files) > 1:
+        parser.error("--name names one file's models; add the files one by one")
+    console = Console()
+    archives: list[Archive] = []
+    status = 0
+    for file in arguments.files:
+        try:
+            archives += pack_checkpoint(file, arguments.store, arguments.name, arguments.dtype)
+        except (LunaError, SpecError) as error:
+            console.print(f"[red]{file.name}: {error}")
+            status = 1
+    for archive in archives:
+        done = "packed" if archive.written else "already there"
+        console.print(f"{archive.model:30} {done}, {archive.path.stat().st_size / 1024:.0f} KiB")
+    host = "http://127.0.0.1"
+    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
+    if not archives:
+        return 1
+    if not server.ping():
+        console.print(f"No server at {server.inference}: scripts/serve.py will serve them.")
+        return status
+    return _serve(server, archives, console) or status
+
+
+def _serve(server: Server, archives: list[Archive], console: Console) -> int:
+    known = server.models()
+    for archive in archives:
+        if archive.written and archive.model in known:
+            server.unregister(archive.model)
+    models = [archive.model for archive in archives]
+    load(server, models, console)
+    index = server.index()
+    index.models = [model for model in index.models if model.name in models]
+    console.print(overview(index))
+    ready = {model.name for model in index.models if any(worker.state == "ready" for worker in model.workers)}
+    return 0 if ready == set(models) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
