@@ -1,6 +1,6 @@
 """Paints the README's pictures: twelve captions, and each LoRA at strengths 0, 0.5 and 1.
 
-    python training/grid.py [--output docs/images]
+python training/grid.py [--output docs/images]
 """
 
 import argparse

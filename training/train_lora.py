@@ -26,7 +26,7 @@ from training.autoencoder import latents
 from training.diffusion import DROPPED, noise_loss
 from training.painter import CHECKPOINT, LORAS, Painter
 
-BATCH = 16
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Recipe:
     kind: str
     rank: int
     convolutions: bool
-    steps: int = 250
+    steps: int = 200
     rate: float = 2e-3
 
 
 RECIPES = {
-    "outline_only": Recipe("outline", "lora", rank=8, convolutions=True),
+    "outline_only": Recipe("outline", "lora", rank=6, convolutions=True),
     "pastel_palette": Recipe("pastel", "lora", rank=8, convolutions=False),
-    "striped_fill": Recipe("stripes", "lora", rank=8, convolutions=True),
-    "golden_frame": Recipe("frame", "loha", rank=4, convolutions=True),
+    "striped_fill": Recipe("stripes", "lora", rank=6, convolutions=True),
+    "golden_frame": Recipe("frame", "loha", rank=3, convolutions=True),
 }
 
 

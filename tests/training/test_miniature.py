@@ -68,3 +68,14 @@ def test_the_loras_are_small_and_of_several_kinds():
                 kinds.add((name.rpartition(".lora_down")[1] or name.rpartition(".hada")[1], shape[2:] == (3, 3)))
     assert (".lora_down", True) in kinds
     assert (".hada", False) in kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in LORA_FILES])
+def test_a_lora_shows_by_its_strength_and_leaves_nothing_behind(painter, name):
+    captions = ["a large red circle on a white background", "a large yellow star on a blue background"]
+    plain, half, full = (painter.paint(captions, steps=12, lora={name: strength}) for strength in (0, 0.5, 1))
+    assert np.abs(full - plain).mean() > 0.02
+    assert np.abs(half - plain).mean() > 0.002
+    assert np.abs(half - plain).mean() < np.abs(full - plain).mean()
+    assert np.array_equal(painter.paint(captions, steps=12), plain)
