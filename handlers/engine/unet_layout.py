@@ -125,7 +125,7 @@ class UNetLayout:
         return names
 
     def original_names(self, parameters: Mapping[str, object]) -> dict[str, str]:
-        """{diffusers key: LDM key} for every one of `parameters`, a UNet of this layout's: the way back, to write a file."""
+        """{diffusers key: LDM key} for every one of `parameters`: the way back, to write a file."""
         blocks = {theirs: original for original, theirs in {**self.blocks(), **_ENDS}.items()}
         resnet = {theirs: original for original, theirs in _RESNET_NAMES.items()}
         names = {}
