@@ -10,23 +10,39 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import torch
-import urllib3
 
+from comfy_client.connections import Connections, NotConnected, Response
 from comfy_client.transport import Answer, Body, Transport
 from protocol.blob import Blob
-from protocol.errors import Impossible, Internal, LunaError, Malformed, NotFound, TooLarge, Unavailable, from_json
+from protocol.errors import (
+    Full,
+    Impossible,
+    Internal,
+    Loading,
+    LunaError,
+    Malformed,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    from_json,
+)
 from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
 KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
+# The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
+SESSION_HEADER = "Luna-Session"
 _RENEW_BEFORE = timedelta(seconds=60)
+_PIECE = 1 << 20
 _POLL_SECONDS = 0.3  # TorchServe runs nvidia-smi for every description
 
 
@@ -46,11 +62,11 @@ class Unauthorized(LunaError):
 class Timeouts:
     """In seconds.
 
-    answer: for one reply; a forward on a CPU may need many. patience: how long a call is repeated while the server is
-    full or loading, or its worker restarts.
+    connect: to be connected, and for each megabyte of a request to be taken. answer: for one reply; a forward on a CPU
+    may need many. patience: how long a call is repeated while the server is full or loading, or its worker restarts.
     """
 
-    connect: float = 5
+    connect: float = 10
     answer: float = 600
     patience: float = 60
 
@@ -61,13 +77,14 @@ class Server:
     Args:
         inference, management: the two addresses.
         key_file: TorchServe's tokens; by default what LUNA_TOKEN_FILE names, else run/key_file.json of this repository.
-            Where there is no such file, requests carry no token.
+            Where there is no such file, requests carry no token. LUNA_TOKEN, where set, is the one token of a proxy.
         connections: kept alive per address; more threads than that may call at once, at the price of a new connection.
 
     Raises (all methods):
         Unreachable: nothing answers.
         Unauthorized: the token is wrong and could not be renewed.
-        Unavailable: still full, loading or restarting after `timeouts.patience`.
+        Full, Loading: still so after `timeouts.patience`.
+        Broken: the model did not load.
         LunaError: whatever else the server told; protocol/errors.py has the kinds.
     """
 
@@ -81,9 +98,15 @@ class Server:
     ) -> None:
         self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
         self.timeouts = timeouts
-        self._http = urllib3.PoolManager(num_pools=2, maxsize=connections, retries=False)
+        self._session = uuid.uuid4().hex
+        self._connections = {
+            address: Connections(address, timeouts.connect, timeouts.answer, connections)
+            for address in (self.inference, self.management)
+        }
         self._transport = Transport(self.inference)
-        self._tokens = _Tokens(key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE)), self._renew)
+        fixed = os.environ.get("LUNA_TOKEN")
+        key_file = key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE))
+        self._tokens = _FixedToken(fixed) if fixed else _Tokens(key_file, self._renew)
 
     def call(
         self, model: str, request: Request, tensors: Mapping[str, torch.Tensor] | None = None
@@ -139,9 +162,40 @@ class Server:
             return False
         return True
 
+    def load(self, model: str) -> None:
+        """Have a model of the store loaded; one that is registered without a worker that serves starts anew."""
+        if not self.register(archive_name(model)):
+            workers = next((each.workers for each in self.index().models if each.name == model), [])
+            wanted = self.describe(model)["minWorkers"]
+            if not wanted or (workers and all(worker.state == "failed" for worker in workers)):
+                self.scale(model, 0)
+                self.scale(model, max(1, wanted))
+
+    def unload(self, model: str, seconds: float = 60) -> None:
+        """Unregister a model once nobody waits for it: TorchServe would never answer those that wait.
+
+        Raises:
+            Full: they still waited after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while self._is_used(model):
+            if time.monotonic() > deadline:
+                raise Full(f"{model} still has requests after {seconds:.0f} s", "stop its clients first")
+            time.sleep(_POLL_SECONDS)
+        self.unregister(model)
+
     def unregister(self, model: str) -> None:
-        """End a model's workers and forget it; its archive stays."""
+        """End a model's workers and forget it, whoever waits for it; its archive stays."""
         self._manage("DELETE", f"/models/{quote(model)}")
+
+    def versions(self, model: str) -> tuple[list[str], str]:
+        """The registered versions of a model, and the one that answers to its plain name."""
+        every = self._manage("GET", f"/models/{quote(model)}/all")
+        return sorted(each["modelVersion"] for each in every), self.describe(model)["modelVersion"]
+
+    def set_default(self, model: str, version: str) -> None:
+        """Have this version answer to the model's plain name."""
+        self._manage("PUT", f"/models/{quote(model)}/{quote(version)}/set-default")
 
     def scale(self, model: str, workers: int) -> None:
         """Start or end workers of a model; `wait_ready` tells when they are there."""
@@ -178,6 +232,14 @@ class Server:
             if waiting:
                 time.sleep(_POLL_SECONDS)
 
+    def _is_used(self, model: str) -> bool:
+        workers = next((each.workers for each in self.index().models if each.name == model), [])
+        return self.pending(model) > 0 or any(worker.busy for worker in workers)
+
+    def pending(self, model: str) -> int:
+        """How many requests wait for a worker of this model."""
+        return self.describe(model)["jobQueueStatus"]["pendingRequests"]
+
     def _ready(self, model: str) -> tuple[int, int]:
         description = self.describe(model)
         ready = sum(worker["status"] == "READY" for worker in description["workers"])
@@ -189,9 +251,11 @@ class Server:
         deaths = 0
         while True:
             response = self._send("POST", self.inference, f"/predictions/{quote(model)}", "inference", body)
-            if response.status == 200:
-                return Answer(response.headers["Content-Type"], response.data)
+            if response.status in (200, 202):
+                return Answer(response.headers.get("Content-Type", ""), response.data)
             error = _fault(response, model, body.blob_bytes)
+            if isinstance(error, _Refused):
+                error = self._why_refused(model)
             if isinstance(error, _WorkerDied):
                 # Once more, as another request may have killed it. One that sees two workers die is to blame itself.
                 deaths += 1
@@ -205,6 +269,19 @@ class Server:
             else:
                 raise error
 
+    def _why_refused(self, model: str) -> Unavailable:
+        """TorchServe has one text for a full queue, for workers that start, and for none."""
+        try:
+            description = self.describe(model)
+        except LunaError:  # no way to the management API, as behind a proxy
+            return Unavailable(f"{model} is full, loading, or has no worker", "try again", retry_after=0.5)
+        if not description["workers"]:
+            return Unavailable(f"{model} is registered with no worker", f"scripts/models.py load {model}")
+        if description["jobQueueStatus"]["remainingCapacity"] == 0:
+            waiting = description["jobQueueStatus"]["pendingRequests"]
+            return Full(f"{waiting} requests wait for {model} already", "try again, or add workers", retry_after=0.5)
+        return Loading(f"the workers of {model} are starting", "try again", retry_after=0.5)
+
     def _manage(self, method: str, path: str) -> Any:
         response = self._send(method, self.management, path, "management")
         if response.status >= 400:
@@ -214,9 +291,7 @@ class Server:
     def _renew(self, kind: str, api_key: str) -> None:
         self._exchange("GET", self.management, f"/token?type={kind}", api_key, None)
 
-    def _send(
-        self, method: str, address: str, path: str, kind: str, body: Body | None = None
-    ) -> urllib3.BaseHTTPResponse:
+    def _send(self, method: str, address: str, path: str, kind: str, body: Body | None = None) -> Response:
         token = self._tokens.current(kind)
         response = self._exchange(method, address, path, token, body)
         if _token_refused(response):
@@ -229,30 +304,43 @@ class Server:
                 )
         return response
 
-    def _exchange(
-        self, method: str, address: str, path: str, token: str | None, body: Body | None
-    ) -> urllib3.BaseHTTPResponse:
-        headers = {"Content-Type": body.content_type} if body else {}
+    def _exchange(self, method: str, address: str, path: str, token: str | None, body: Body | None) -> Response:
+        headers = {SESSION_HEADER: self._session} | ({"Content-Type": body.content_type} if body else {})
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
-        timeout = urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.answer)
         attempts = 1 if method == "DELETE" else 3
         for attempt in range(1, attempts + 1):
             try:
-                sent = body.fresh() if body else None
-                return self._http.request(method, address + path, body=sent, headers=headers, timeout=timeout)
-            except urllib3.exceptions.ReadTimeoutError as error:
+                sent = body.fresh() if body else b""
+                headers["Content-Length"] = str(len(sent))
+                return self._connections[address].exchange(method, path, headers, _pieces(sent))
+            except TimeoutError as error:
                 raise Unavailable(
                     f"{address} did not answer within {self.timeouts.answer:.0f} s", "Timeouts.answer sets the limit"
                 ) from error
-            except urllib3.exceptions.ProtocolError as error:  # a kept-alive connection that the server had closed
-                if attempt == attempts:
-                    raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
-            except urllib3.exceptions.HTTPError as error:
+            except NotConnected as error:
                 raise Unreachable(
                     f"no server at {address}: {error}", "start it with scripts/serve.py, or correct the address"
                 ) from error
+            except (OSError, HTTPException) as error:  # a kept-alive connection that the server had closed
+                if attempt == attempts:
+                    raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
         raise AssertionError("unreachable")
+
+
+class _FixedToken:
+    """What a proxy asks for; TorchServe's own tokens are then the proxy's business."""
+
+    file = "LUNA_TOKEN"
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def current(self, _kind: str) -> str:
+        return self._token
+
+    def after_refusal(self, _kind: str, _refused: str | None) -> str:
+        return self._token
 
 
 class _Tokens:
@@ -314,8 +402,23 @@ class _WorkerDied(Internal):
     """The worker ended while it had the request."""
 
 
+class _Refused(Unavailable):
+    """TorchServe itself did not take the request."""
+
+
 class _AlreadyThere(LunaError):
     """A model of that name is registered."""
+
+
+def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:
+    """One after the other, because a connection's time-out is for one piece, however large."""
+    return (memoryview(body)[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+
+
+def archive_name(model: str) -> str:
+    """The file of the store for a model: X.unet.mar for "X.unet" and its first version "X.unet/1.0", X.unet@2.0.mar for
+    "X.unet/2.0"."""
+    return f"{model.removesuffix('/1.0').replace('/', '@')}.mar"
 
 
 def _known_as(tensor: str, request: Request) -> str | None:
@@ -325,14 +428,14 @@ def _known_as(tensor: str, request: Request) -> str | None:
     return request.references.get(tensor)
 
 
-def _token_refused(response: urllib3.BaseHTTPResponse) -> bool:
+def _token_refused(response: Response) -> bool:
     return response.status == 400 and b"InvalidKeyException" in response.data
 
 
-def _fault(response: urllib3.BaseHTTPResponse, model: str, sent: int) -> LunaError:
+def _fault(response: Response, model: str, sent: int) -> LunaError:
     """What the server told, ours or TorchServe's."""
-    status, retry_after = response.status, response.headers.get("Retry-After")
-    own = from_json(response.data, float(retry_after) if retry_after else None)
+    status, retry_after = response.status, response.headers.get("Retry-After", "")
+    own = from_json(response.data, float(retry_after) if retry_after.isdecimal() else None)
     if own is not None:
         return own
     try:
@@ -344,6 +447,8 @@ def _fault(response: urllib3.BaseHTTPResponse, model: str, sent: int) -> LunaErr
     match status:
         case 400:
             return Malformed(f"TorchServe refuses the request for {model}: {told}")
+        case 401 | 403:
+            return Unauthorized(f"the proxy refuses the token: {told}", "LUNA_TOKEN holds what it asks for")
         case 404:
             return NotFound(told, "scripts/add_checkpoint.py packs and registers a checkpoint")
         case 405:
@@ -353,8 +458,8 @@ def _fault(response: urllib3.BaseHTTPResponse, model: str, sent: int) -> LunaErr
         case 413:
             return TooLarge(f"{sent} bytes are more than the server takes", "config.properties: max_request_size")
         case 503:
-            return Unavailable(
-                f"{model} is full, or has no worker: {told}", "try again, or add workers", retry_after=0.5
-            )
+            return _Refused(told, retry_after=0.5)
+        case 502 | 504:
+            return Unreachable(f"a proxy lost the server of {model}: {told}", "is it restarting?", retry_after=0.5)
         case _:
             return Internal(f"TorchServe answers {status} for {model}: {told}", "the server's logs/ have the reason")

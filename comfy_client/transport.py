@@ -97,7 +97,7 @@ class _Lease:
         return json.dumps({"shared_memory": place.model_dump()}).encode()
 
     def read(self, answer: Answer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if answer.content_type == BLOB:
+        if answer.content_type != JSON:
             self._reply_wanted = len(answer.body)
             return unpack(answer.body)
         try:

@@ -39,11 +39,9 @@ class ClipHandler(PatchedHandler):
         if isinstance(item.request, ClipText):
             return
         self._encoder(item.request.encoder)
-        tokens = item.take("tokens", 2)
+        tokens = item.take("tokens", 2, floating=False)
         if not 1 <= len(tokens) <= MAX_ROWS:
             raise Impossible(f"tokens have {len(tokens)} rows", f"send 1 to {MAX_ROWS}")
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise Impossible(f"tokens are {str(tokens.dtype)[6:]}", "send int64")
         self._encoder(item.request.encoder).check(tokens, _vectors(item), _layer(item.request))
 
     def group_key(self, item: Item) -> Hashable:
@@ -94,7 +92,7 @@ class ClipHandler(PatchedHandler):
 def _vectors(item: Item) -> tuple[Tensor, Tensor] | None:
     if "embeddings" not in item.tensors and "embedding_positions" not in item.tensors:
         return None
-    return item.take("embeddings", 2), item.take("embedding_positions", 2)
+    return item.take("embeddings", 2), item.take("embedding_positions", 2, floating=False)
 
 
 def _layer(request: ClipEncode) -> int | None:

@@ -1,37 +1,30 @@
 """What the roles share whose weights LoRAs patch: uploads, stacks, the choice between merging and not, reports."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import Targets
 from handlers.engine.lora_overlays import Match, Overlays
 from handlers.role_handler import Item, Reply, RoleHandler
-from handlers.settings import HandlerSettings
 from protocol.errors import Malformed
 from protocol.messages import LoraReport, Patched
 
 UPLOAD = "lora."
 MAX_NAMES = 256
-
-
-class PatchedSettings(HandlerSettings):
-    """Settings of roles that take LoRAs.
-
-    lora_cache_mb bounds the parsed LoRAs in host memory, lora_overlay_mb the merged weights on the device; None lets
-    these take their share of what is free (`FREE_SHARE`).
-    """
-
-    lora_cache_mb: int = Field(default=2048, ge=0)
-    lora_overlay_mb: int | None = Field(default=None, ge=0)
+_COUNTERS = {
+    "LoraMerges": "merges",
+    "LoraOverlayHits": "hits",
+    "LoraEvictions": "evictions",
+    "LoraUnmergedForwards": "unmerged_forwards",
+    "LoraMergeSeconds": "merge_seconds",
+}
 
 
 class PatchedHandler(RoleHandler):
     """A RoleHandler whose subclasses call `take_loras` when they load, and answer `run_patched` instead of `run`."""
-
-    settings_type = PatchedSettings
 
     def run_patched(self, items: list[Item]) -> list[Reply]:
         """Replies to requests of one group, while the model has their LoRAs."""
@@ -41,6 +34,10 @@ class PatchedHandler(RoleHandler):
         """How many rows this request has in a batch, one request's after the other's; None if they may not run beside
         rows with other LoRAs."""
         return None
+
+    def may_leave(self, item: Item) -> bool:
+        """Whether rows of this request may leave the batch while it runs."""
+        return False
 
     def take_loras(self, model: nn.Module, targets: Targets) -> None:
         """Prepares for patching `model`, whose parameters `targets` names."""
@@ -60,23 +57,39 @@ class PatchedHandler(RoleHandler):
         return self.overlays.missing(item.stack)
 
     def run(self, items: list[Item[Patched]]) -> list[Reply]:
+        before = replace(self.overlays.counters)
+        replies = self._run(items)
+        counters = self.overlays.counters
+        risen = {metric: getattr(counters, name) - getattr(before, name) for metric, name in _COUNTERS.items()}
+        replies[0].counters |= {metric: amount for metric, amount in risen.items() if amount}
+        if risen["LoraMerges"] or risen["LoraEvictions"]:
+            replies[0].sizes["LoraOverlayBytes"] = counters.nbytes
+        return replies
+
+    def _run(self, items: list[Item[Patched]]) -> list[Reply]:
         """Row-wise beside the weights where one overlay for each stack would not fit in memory and every stack can do
-        without merging; else stack by stack, merged."""
-        stacks = dict.fromkeys(item.stack for item in items)
-        if self._beside(items, list(stacks)):
-            with self.overlays.unmerged([(item.stack, self.rows(item)) for item in items]) as matches:
-                replies = self.run_patched(items)
-            for item, reply, match in zip(items, replies, matches, strict=True):
-                reply.message.unmerged = True
-                reply.message.lora = _reports(item.request, match)
-            return replies
-        replies = {}
+        without merging; else stack by stack, merged if that one fits."""
+        stacks = list(dict.fromkeys(item.stack for item in items))
+        beside = self._beside(items, stacks)
+        # The side path finds a row's LoRAs by its place in the batch, which a row that leaves early changes for others.
+        if len(stacks) > 1 and (not beside or any(map(self.may_leave, items))):
+            return self._stack_by_stack(items, stacks)
+        if beside:
+            patched = self.overlays.unmerged([(item.stack, self.rows(item)) for item in items])
+        else:
+            patched = self.overlays.merged(stacks[0])
+        with patched as matches:
+            replies = self.run_patched(items)
+        for item, reply, match in zip(items, replies, matches if beside else [matches] * len(items), strict=True):
+            reply.message.unmerged = beside
+            reply.message.lora = _reports(item.request, match)
+        return replies
+
+    def _stack_by_stack(self, items: list[Item[Patched]], stacks: list) -> list[Reply]:
+        replies: dict[int, Reply] = {}
         for stack in stacks:
             members = [index for index, item in enumerate(items) if item.stack == stack]
-            with self.overlays.merged(stack) as match:
-                replies |= zip(members, self.run_patched([items[index] for index in members]), strict=True)
-            for index in members:
-                replies[index].message.lora = _reports(items[index].request, match)
+            replies |= zip(members, self.run([items[index] for index in members]), strict=True)
         return [replies[index] for index in range(len(items))]
 
     def _beside(self, items: list[Item], stacks: list) -> bool:

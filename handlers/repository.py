@@ -1,18 +1,23 @@
-"""Answers what the store holds, what is loaded, and what a model is made of, like Triton's repository index."""
+"""Answers what the store holds, what is loaded, and what a model is made of, like Triton's repository index; and what
+the decode queue holds, which outlives the workers that fill and empty it."""
 
 import hashlib
 import os
 import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
 from handlers.engine.checkpoints import detect, part_shapes, read_header, read_scalars
+from handlers.engine.roots import Roots, find
+from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings
-from handlers.worker_state import live_workers
-from protocol.errors import NotFound
+from handlers.worker_state import FIRST_VERSION, live_workers
+from protocol.errors import LunaError, NotFound
 from protocol.messages import (
     DescribeModel,
     Index,
@@ -27,12 +32,14 @@ _MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
 class RepositoryHandler(RoleHandler):
-    accepts = (RepositoryIndex, DescribeModel)
+    accepts = (RepositoryIndex, DescribeModel, *QUEUE_REQUESTS)
 
     def load(self) -> None:
-        """Nothing to load: each answer is read afresh."""
+        self.queue = open_queue(self.settings)
 
     def run(self, items: list[Item]) -> list[Reply]:
+        if isinstance(items[0].request, QUEUE_REQUESTS):
+            return [Reply(answer(self.queue, item.request), {}) for item in items]
         # The server is the parent of every worker, this one included.
         workers = live_workers(self.settings.roots.run, os.getppid())
         answers = {RepositoryIndex: self._index, DescribeModel: self._describe}
@@ -40,29 +47,58 @@ class RepositoryHandler(RoleHandler):
 
     def _index(self, _request: RepositoryIndex, workers: dict[str, list[Worker]]) -> Message:
         roots = self.settings.roots
-        archives = {path.stem: _settings(path) for path in sorted(roots.model_store.glob("*.mar"))}
-        loras = sorted(
-            path.relative_to(root).as_posix() for root in roots.loras for path in root.rglob("*.safetensors")
+        found = {path.stem: _settings(path) for path in sorted(roots.model_store.glob("*.mar"))}
+        archives = {stem: settings for stem, settings in found.items() if settings}
+        packed = {settings.checkpoint for settings in archives.values()}
+        return Index(
+            models=[_served(_shown(stem, archives), settings, workers) for stem, settings in archives.items()],
+            loras=_files(roots.loras),
+            embeddings=_files(roots.embeddings),
+            servable=[name for name in _files(roots.checkpoints) if name not in packed and _is_servable(name, roots)],
         )
-        models = [_served(name, settings, workers) for name, settings in archives.items() if settings]
-        return Index(models=models, loras=loras)
 
     def _describe(self, request: DescribeModel, workers: dict[str, list[Worker]]) -> Message:
-        archive = self.settings.roots.model_store / f"{request.model}.mar"
+        name = request.model.removesuffix(f"/{FIRST_VERSION}").replace("/", "@")
+        archive = self.settings.roots.model_store / f"{name}.mar"
         settings = _settings(archive) if archive.parent == self.settings.roots.model_store else None
         if settings is None:
             raise NotFound(f"the store has no model {request.model!r}", "the repository's index lists what it has")
         path = settings.checkpoint_path()
         header = read_header(path)
         part = detect(header).parts[settings.role]
-        about = path.stat()
-        identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode()
         return ModelDescription(
             model=_served(request.model, settings, workers),
-            fingerprint=hashlib.blake2b(identity, digest_size=16).hexdigest(),
             shapes={component: part_shapes(header, part, component) for component in part.prefixes},
             markers=read_scalars(path, [name for name in _MARKERS if name in header]),
         )
+
+
+def _files(roots: tuple[Path, ...]) -> list[str]:
+    return sorted({path.relative_to(root).as_posix() for root in roots for path in root.rglob("*.safetensors")})
+
+
+def _is_servable(name: str, roots: Roots) -> bool:
+    try:
+        path = find(roots.checkpoints, name, "checkpoint")
+        about = path.stat()
+    except (LunaError, OSError):  # a link that leads out of the root, or a file that is gone by now
+        return False
+    return _holds_parts(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _holds_parts(path: Path, _size: int, _modified: int) -> bool:
+    try:
+        return bool(detect(read_header(path)).parts)
+    except LunaError:
+        return False
+
+
+def _shown(stem: str, archives: Mapping[str, HandlerSettings]) -> str:
+    """A model's name as clients may use it: with its version once there are several, as any may be the default."""
+    name, _, version = stem.partition("@")
+    several = any(other.startswith(f"{name}@") for other in archives)
+    return f"{name}/{version or FIRST_VERSION}" if several else name
 
 
 def _settings(archive: Path) -> HandlerSettings | None:
@@ -82,5 +118,16 @@ def _served(name: str, settings: HandlerSettings, workers: dict[str, list[Worker
         role=settings.role,
         family=settings.family,
         checkpoint=settings.checkpoint,
-        workers=workers.get(name, []),
+        fingerprint=_fingerprint(settings),
+        workers=workers.get(name.removesuffix(f"/{FIRST_VERSION}"), []),
     )
+
+
+def _fingerprint(settings: HandlerSettings) -> str | None:
+    try:
+        path = settings.checkpoint_path()
+        about = path.stat()
+    except (NotFound, OSError):
+        return None
+    identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()

@@ -6,21 +6,26 @@ together run as one, and each gets its own reply or its own error: what one clie
 
 import logging
 import os
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from handlers.engine.checkpoints import weights_size
 from handlers.engine.lora_overlays import Stack
+from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
-from handlers.settings import HandlerSettings
+from handlers.metrics import HandlerMetrics
+from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
-from handlers.worker_state import WorkerState
+from handlers.worker_state import FIRST_VERSION, WorkerState
 from protocol.blob import Blob
-from protocol.errors import Impossible, Internal, LunaError, Malformed, OutOfMemory, Unavailable
-from protocol.messages import Message, Missing, Request, Worker, parse_request
+from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
+from protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +41,12 @@ class Item(Generic[R]):
     tensors: dict[str, Tensor]
     stack: Stack = field(default_factory=Stack)
 
-    def take(self, name: str, ndim: int) -> Tensor:
-        """The tensor `name`, which must have `ndim` dimensions.
+    def take(self, name: str, ndim: int, floating: bool = True) -> Tensor:
+        """The tensor `name`, which must have `ndim` dimensions, of a floating dtype or of an integer one.
 
         Raises:
             Malformed: it was not sent.
-            Impossible: it has other dimensions.
+            Impossible: it has other dimensions, or the other kind of dtype.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -49,23 +54,27 @@ class Item(Generic[R]):
             raise Malformed(f"the tensor {name!r} is missing", f"sent were: {sent}")
         if tensor.ndim != ndim:
             raise Impossible(f"{name} has shape {list(tensor.shape)}", f"it needs {ndim} dimensions")
+        if tensor.is_floating_point() != floating or tensor.dtype == torch.bool:
+            raise Impossible(f"{name} is {str(tensor.dtype)[6:]}", f"send {'float32' if floating else 'int64'}")
         return tensor
 
 
 @dataclass
 class Reply:
-    """A message, its tensors, and by how much this request raises counters that metrics.yaml declares."""
+    """A message, its tensors, by how much this request raises counters that metrics.yaml declares, bytes that gauges of
+    it show from now on, and its status."""
 
     message: Message
     tensors: dict[str, Tensor]
     counters: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    status: int = 200
 
 
 class RoleHandler:
     """A TorchServe handler for one role; subclasses say what they accept, load and run."""
 
     accepts: tuple[type[Request], ...] = ()
-    settings_type: type[HandlerSettings] = HandlerSettings
 
     # What a role defines
 
@@ -101,16 +110,23 @@ class RoleHandler:
         self.state: WorkerState | None = None
         try:
             self._set_up(context)
+            self.state.check_deaths()
+            if self.settings.checkpoint is not None:
+                path = self.settings.checkpoint_path()
+                needed = weights_size(path, self.settings.role, self.dtype)
+                self.state.claim(needed, Budgets.from_environment())
             self.load()
-            self.state.update(now=True, state="ready", weights_bytes=self.weights_bytes())
+            self.state.loaded(self.weights_bytes())
         except Exception as error:
             log.exception("%s did not start", context.model_name)
             self.failure = error
             if self.state:
-                self.state.update(now=True, state="failed", reason=str(error))
+                self.state.update(now=True, state="failed", weights_bytes=0, reason=str(error))
 
     def handle(self, data: list[dict[str, Any]], context) -> list[bytes]:
         """One reply per row of `data`."""
+        if self.state:
+            self.state.update(busy=True, last_used=time.time())
         outcomes: list[Reply | LunaError | None] = [None] * len(data)
         items: dict[int, Item] = {}
         with torch.inference_mode():
@@ -119,7 +135,11 @@ class RoleHandler:
             for indices in self._groups(items):
                 self._run_group(indices, items, outcomes)
         if self.state:
-            self.state.update(requests=self.state.record.worker.requests + len(data))
+            for outcome in outcomes:
+                self.telemetry.answered(outcome.code if isinstance(outcome, LunaError) else "ok")
+            self.telemetry.memory(self.state.record.worker.weights_bytes)
+            requests = self.state.record.worker.requests + len(data)
+            self.state.update(requests=requests, busy=False, last_used=time.time())
         return [
             self._encode(outcome, row, context, i) for i, (outcome, row) in enumerate(zip(outcomes, data, strict=True))
         ]
@@ -132,20 +152,28 @@ class RoleHandler:
         # A server can be told of GPUs that are not there, to try out an assignment: it then runs on the CPU.
         cuda = assigned is not None and torch.cuda.is_available()
         self.device = torch.device(f"cuda:{assigned}") if cuda else torch.device("cpu")
-        self.settings = self.settings_type.model_validate(context.model_yaml_config["handler"])
+        self.settings = settings_of(context.model_yaml_config["handler"])
         self.dtype = self.settings.compute_dtype(self.device)
         self.transport = Transport()
+        self.model_name, self.metrics = context.model_name, context.metrics
         self.tensors = TensorCache(self.settings.tensor_cache_mb << 20)
         worker = Worker(
             pid=os.getpid(), state="loading", device=str(self.device), assigned_gpu=assigned, dtype=str(self.dtype)[6:]
         )
-        self.state = WorkerState(self.settings.roots.run, context.model_name, worker)
+        version = context.manifest["model"]["modelVersion"]
+        model = context.model_name if version == FIRST_VERSION else f"{context.model_name}/{version}"
+        self.state = WorkerState(self.settings.roots.run, model, worker)
+        self.telemetry = HandlerMetrics(context.metrics, context.model_name, self.device)
 
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
+        if isinstance(self.failure, OutOfMemory | Broken):
+            raise self.failure
         if self.failure is not None:
-            raise Unavailable(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
+            raise Broken(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = self.transport.receive(row)
-        request = parse_request(message, self.accepts)
+        request = parse_request(message, (*self.accepts, Readiness))
+        if isinstance(request, Readiness):
+            return Reply(Ready(), {})
         item = Item(request, tensors)
         missing = self.missing(item)
         for name, key in request.references.items():
@@ -168,7 +196,9 @@ class RoleHandler:
         return list(groups.values())
 
     def _run_group(self, indices: list[int], items: dict[int, Item], outcomes: list) -> None:
+        begun = time.monotonic()
         replies = self._guarded(lambda: self.run([items[index] for index in indices]))
+        self.telemetry.ran(len(indices), time.monotonic() - begun)
         if isinstance(replies, LunaError) and len(indices) > 1:
             # Together they failed: alone, only those at fault do.
             for index in indices:
@@ -201,6 +231,8 @@ class RoleHandler:
             return outcome.to_json()
         for name, amount in outcome.counters.items():
             context.metrics.add_counter(name, amount)
+        for name, size in outcome.sizes.items():
+            context.metrics.add_size(name, size, unit="B")
         if not outcome.tensors and is_plain_json(row):
             content_type, body = JSON, outcome.message.model_dump_json().encode()
         else:
@@ -209,4 +241,6 @@ class RoleHandler:
                 return self._encode(answer, row, context, index)
             content_type, body = answer
         context.set_response_content_type(index, content_type)
+        if outcome.status != 200:
+            context.set_response_status(outcome.status, HTTPStatus(outcome.status).phrase, index)
         return body

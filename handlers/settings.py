@@ -1,7 +1,7 @@
 """What an archive's model-config.yaml tells its handler, under the key `handler`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,8 +15,7 @@ class HandlerSettings(BaseModel):
     """Settings that every role has.
 
     home is where the folders of `Roots` lie unless the environment says otherwise; checkpoint is a path relative to
-    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`. A UNet's step cache
-    holds at most step_cache_mb, and drops what a sampling run has not used for step_cache_ttl seconds.
+    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,8 +27,6 @@ class HandlerSettings(BaseModel):
     checkpoint_roots: list[Path] = []
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     tensor_cache_mb: int = Field(default=512, ge=1)
-    step_cache_mb: int = Field(default=1024, ge=0)
-    step_cache_ttl: float = Field(default=300, gt=0, allow_inf_nan=False)
 
     @property
     def roots(self) -> Roots:
@@ -56,3 +53,56 @@ class HandlerSettings(BaseModel):
         if device.type == "cpu" or self.role == "clip":
             return torch.float32
         return torch.float16 if self.role == "unet" else torch.bfloat16
+
+
+class PatchedSettings(HandlerSettings):
+    """Settings of roles that take LoRAs.
+
+    LoRAs as read and sent take lora_cache_mb of host memory, weights with LoRAs merged in lora_overlay_mb of the
+    device's; without the latter, `FREE_SHARE` of what is free.
+    """
+
+    lora_cache_mb: int = Field(default=2048, ge=0)
+    lora_overlay_mb: int | None = Field(default=None, ge=0)
+
+
+class UNetSettings(PatchedSettings):
+    """The step cache holds at most step_cache_mb, and drops what a run has not used for step_cache_ttl seconds."""
+
+    step_cache_mb: int = Field(default=1024, ge=0)
+    step_cache_ttl: float = Field(default=300, gt=0, allow_inf_nan=False)
+
+
+class QueueSettings(HandlerSettings):
+    """Settings of roles that open the decode queue.
+
+    It holds at most queue_jobs jobs and queue_mb of their tensors, gives one up after queue_attempts failures, and lies
+    in the spool folder unless queue_database is another SQLAlchemy URL.
+    """
+
+    queue_jobs: int = Field(default=1000, ge=1)
+    queue_mb: int = Field(default=4096, ge=1)
+    queue_attempts: int = Field(default=5, ge=1)
+    queue_database: str | None = None
+
+
+class VaeSettings(QueueSettings):
+    """pictures_database is the SQLAlchemy URL of the pictures' records, by default a file in the spool folder; watcher
+    the URL that is told of them. Pictures of more than tile_pixels are decoded in tiles."""
+
+    pictures_database: str | None = None
+    watcher: str | None = None
+    tile_pixels: int = Field(default=2048 * 2048, ge=0)
+
+
+SETTINGS: dict[str, type[HandlerSettings]] = {
+    "unet": UNetSettings,
+    "clip": PatchedSettings,
+    "vae": VaeSettings,
+    "repository": QueueSettings,
+}
+
+
+def settings_of(handler: dict[str, Any]) -> HandlerSettings:
+    """The settings of its role under the key `handler` of a model-config.yaml."""
+    return SETTINGS[handler["role"]].model_validate(handler)

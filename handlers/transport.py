@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from protocol.blob import Blob, unpack
-from protocol.errors import Malformed
-from protocol.messages import validate
+from protocol.errors import Malformed, TooLarge
+from protocol.messages import Readiness, validate
 from protocol.shared_memory import Attachments, SharedBlob
 
 JSON, BLOB = "application/json", "application/octet-stream"
+MAX_BODY_BYTES = 202_375_168  # max_response_size of config.properties; TorchServe kills a worker that answers more
 
 
 class Transport:
@@ -20,7 +21,8 @@ class Transport:
         self._attachments = Attachments()
 
     def receive(self, row: dict[str, Any]) -> tuple[dict, dict[str, Tensor]]:
-        """The message and the tensors of one of TorchServe's rows.
+        """The message and the tensors of one of TorchServe's rows; one without a body, as a probe sends, asks whether
+        the model is ready.
 
         The tensors are views of the body, or of the client's memory.
 
@@ -29,6 +31,8 @@ class Transport:
             NoSharedMemory: the memory that it names cannot be mapped here.
         """
         body = _body(row)
+        if not body:
+            return Readiness().model_dump(), {}
         if (place := _place(body)) is not None:
             return unpack(self._attachments.view(place.request, place.request_bytes))
         if isinstance(body, dict):
@@ -36,22 +40,30 @@ class Transport:
         if isinstance(body, bytes | bytearray):
             return unpack(body)
         raise Malformed(
-            "the request has no body", "send a safetensors blob, or JSON with Content-Type: application/json"
+            "the request is neither a blob nor JSON", "send one with Content-Type octet-stream or application/json"
         )
 
     def answer(self, row: dict[str, Any], reply: Blob) -> tuple[str, bytes | bytearray]:
-        """Content type and body of the reply: in the client's memory if it offers some and it fits."""
+        """Content type and body of the reply: in the client's memory if it offers some and it fits.
+
+        Raises:
+            TooLarge: it is more than an HTTP body may be.
+        """
         place = _place(_body(row))
         if place is not None and reply.size <= place.reply_bytes:
             reply.write(self._attachments.view(place.reply, reply.size))
             return JSON, json.dumps({"shared_memory": reply.size}).encode()
+        if reply.size > MAX_BODY_BYTES:
+            raise TooLarge(
+                f"the reply has {reply.size} bytes, a body at most {MAX_BODY_BYTES}", "send fewer pictures a request"
+            )
         return BLOB, reply.pack()
 
 
 def is_plain_json(row: dict[str, Any]) -> bool:
     """Whether the request is the message itself, from a caller that expects the same of a reply without tensors."""
     body = _body(row)
-    return isinstance(body, dict) and _place(body) is None
+    return not body or (isinstance(body, dict) and _place(body) is None)
 
 
 def _body(row: dict[str, Any]) -> Any:

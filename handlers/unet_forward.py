@@ -62,8 +62,12 @@ class UNetHandler(PatchedHandler):
         _control(item.tensors)
         self._cache_rows(item)
 
-    def rows(self, item: Item[UNetForward]) -> int:
-        return len(item.tensors["x"])
+    def rows(self, item: Item[UNetForward]) -> int | None:
+        # The step cache runs parts of a batch, whose rows nothing beside the weights could tell apart.
+        return None if item.request.step_cache else len(item.tensors["x"])
+
+    def may_leave(self, item: Item[UNetForward]) -> bool:
+        return item.request.step_cache is not None
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))

@@ -1,29 +1,52 @@
-"""Serves a VAE: encode and decode, whole or tiled."""
+"""Serves a VAE: encode and decode, whole or tiled; and decode and save, later, by way of the queue."""
 
+import threading
 from collections.abc import Hashable
 
 import torch
+from torch import Tensor
 
 from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.decode_worker import DecodeWorker
+from handlers.engine.decoding import decode_pictures
+from handlers.engine.picture_records import PictureRecords
 from handlers.engine.vae import SCALE, VAE
+from handlers.engine.watcher import Watcher
+from handlers.queue_metrics import QueueMetrics
+from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from protocol.errors import Impossible, TooLarge
 from protocol.messages import VaeDecode, VaeEncode, VaeOutput
+from protocol.save_job import SaveJob
 
 MAX_PIXELS = 16 * 4096 * 4096  # over all rows of one request
 
 
 class VaeHandler(RoleHandler):
-    accepts = (VaeEncode, VaeDecode)
+    accepts = (VaeEncode, VaeDecode, SaveJob, *QUEUE_REQUESTS)
 
     def load(self) -> None:
         path = self.settings.checkpoint_path()
         self.vae = VAE.load(path, detect(read_header(path)).parts["vae"], self.dtype, self.device)
+        # One decode at a time: two would need the memory of two.
+        self.device_free = threading.Lock()
+        self.queue = open_queue(self.settings)
+        spool = self.settings.roots.spool.resolve()
+        DecodeWorker(
+            self.queue,
+            self._decode_job,
+            model=self.settings.checkpoint,
+            records=PictureRecords(self.settings.pictures_database or f"sqlite:///{spool / 'pictures.sqlite3'}"),
+            watcher=Watcher(self.settings.watcher) if self.settings.watcher else None,
+            observe=QueueMetrics(self.metrics, self.model_name, self.queue).observe,
+        ).start()
 
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.vae.model.parameters())
 
     def check(self, item: Item) -> None:
+        if not isinstance(item.request, VaeEncode | VaeDecode):
+            return
         decoding = isinstance(item.request, VaeDecode)
         tensor = item.take(_name(item), 4)
         self.vae.check_latent(tensor) if decoding else self.vae.check_pixels(tensor)
@@ -35,6 +58,8 @@ class VaeHandler(RoleHandler):
             raise Impossible(f"overlap {tiling.overlap} of tiles of {tiling.tile_size}", "the overlap must be smaller")
 
     def group_key(self, item: Item) -> Hashable:
+        if not isinstance(item.request, VaeEncode | VaeDecode):
+            return id(item)
         tensor = item.tensors[_name(item)]
         return (
             item.request.model_dump_json(exclude={"references"}),
@@ -44,6 +69,22 @@ class VaeHandler(RoleHandler):
         )
 
     def run(self, items: list[Item]) -> list[Reply]:
+        request = items[0].request
+        if isinstance(request, SaveJob):
+            accepted = self.queue.submit(
+                request, items[0].tensors, self.settings.checkpoint, self.vae.latent_channels, SCALE
+            )
+            return [Reply(accepted, {}, status=202)]
+        if isinstance(request, QUEUE_REQUESTS):
+            return [Reply(answer(self.queue, request), {})]
+        with self.device_free:
+            return self._encode_or_decode(items)
+
+    def _decode_job(self, latent: Tensor) -> Tensor:
+        with self.device_free, torch.inference_mode():
+            return decode_pictures(self.vae, latent, self.settings.tile_pixels)
+
+    def _encode_or_decode(self, items: list[Item]) -> list[Reply]:
         name = _name(items[0])
         tensors = [item.tensors[name] for item in items]
         # Joined only when there are several: joining forgets strides, and with them the last bits.

@@ -5,15 +5,27 @@ file per process under the run folder serves instead; what a killed worker leave
 """
 
 import os
+import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
+from handlers.engine.memory_budget import Budgets, device_key, gigabytes
+from protocol.errors import Broken, OutOfMemory
 from protocol.messages import Worker
 
+FIRST_VERSION = "1.0"  # of a model called NAME; others are called NAME/VERSION, as TorchServe's addresses have them
 _INTERVAL = 1.0  # seconds between writes of counters
+ROOM_SECONDS = 40.0  # how long a worker waits for room; serve.py makes it by unloading what was idle half as long
+_ROOM_POLL = 0.25
+KEEPER = "keeper"  # a file in the run folder while somebody there unloads idle models for those that wait
+_DEATHS = 3
+_DEATHS_WITHIN = 900.0  # seconds
 
 
 class _Record(BaseModel):
@@ -33,36 +45,130 @@ class WorkerState:
         self.record = _Record(
             model=model, server_pid=os.getppid(), started=psutil.Process().create_time(), worker=worker
         )
+        self._run = run
+        self._lock = threading.RLock()
         self._written = 0.0
+        self._late: threading.Timer | None = None
         self._write()
 
     def update(self, now: bool = False, **changes) -> None:
-        """Changes fields of the `Worker`, written at once when `now`, else at most once a second."""
-        for field, value in changes.items():
-            setattr(self.record.worker, field, value)
-        if now or time.monotonic() - self._written > _INTERVAL:
-            self._write()
+        """Changes fields of the `Worker`. Written at once when `now`; else at most once a second, at its end."""
+        with self._lock:
+            for field, value in changes.items():
+                setattr(self.record.worker, field, value)
+            since = time.monotonic() - self._written
+            if now or since > _INTERVAL:
+                self._write()
+            elif self._late is None:
+                self._late = threading.Timer(_INTERVAL - since, self._write)
+                self._late.daemon = True
+                self._late.start()
+
+    def check_deaths(self) -> None:
+        """Refuses to load what killed worker after worker; TorchServe would go on for ever, and let clients wait.
+
+        Raises:
+            Broken: the last workers of this model died while they loaded. The next start tries again.
+        """
+        died = [
+            (path, record)
+            for path, record in _records(self._run)
+            if record.model == self.record.model and record.server_pid == self.record.server_pid and _fell(record)
+        ]
+        recent = [record for _, record in died if time.time() - record.started < _DEATHS_WITHIN]
+        if len(recent) >= _DEATHS:
+            _forget(path for path, _ in died)
+            raise Broken(
+                f"{self.record.model} was not loaded: {len(recent)} workers in a row died while loading it",
+                "out of memory? See the server's logs, then load it again with scripts/models.py",
+            )
+
+    def loaded(self, weights_bytes: int) -> None:
+        """The worker is ready, and the deaths before it are forgotten."""
+        self.update(now=True, state="ready", weights_bytes=weights_bytes, last_used=time.time())
+        _forget(path for path, record in _records(self._run) if record.model == self.record.model and _fell(record))
+
+    def claim(self, needed: int, budgets: Budgets, seconds: float = ROOM_SECONDS) -> None:
+        """Take `needed` bytes of the device's budget for this worker's weights, waiting while a keeper makes room.
+
+        Raises:
+            OutOfMemory: there was none for `seconds`, nobody makes any, or it never can be enough.
+        """
+        worker = self.record.worker
+        device = device_key(worker)
+        budget = budgets.of(device)
+        deadline = time.monotonic() + seconds
+        while True:
+            # Two workers that start together must not both see the same room.
+            with FileLock(self.folder / "claims.lock"):
+                others = live_workers(self._run, self.record.server_pid)
+                taken = {
+                    model: sum(each.weights_bytes for each in workers if device_key(each) == device and holds(each))
+                    for model, workers in others.items()
+                }
+                if budget is None or sum(taken.values()) + needed <= budget:
+                    self.update(now=True, state="loading", weights_bytes=needed)
+                    return
+                self.update(now=True, state="waiting", weights_bytes=needed)
+            waits = needed <= budget and (self._run / KEEPER).exists()
+            if not waits or time.monotonic() > deadline:
+                told = ", ".join(f"{model} {gigabytes(size)}" for model, size in taken.items() if size)
+                raise OutOfMemory(
+                    f"{self.record.model} needs {gigabytes(needed)} on {device}, whose budget of {gigabytes(budget)} "
+                    f"holds {told or 'nothing yet'}",
+                    "unload one of them with scripts/models.py, take a smaller dtype, or raise serve.py --memory",
+                )
+            time.sleep(_ROOM_POLL)
 
     def _write(self) -> None:
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(self.record.model_dump_json())
-        os.replace(partial, self.path)
-        self._written = time.monotonic()
+        with self._lock:
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text(self.record.model_dump_json())
+            os.replace(partial, self.path)
+            self._written = time.monotonic()
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
 
 
-def live_workers(run: Path, server_pid: int) -> dict[str, list[Worker]]:
-    """{model: its live workers} of the server with this process id; records of dead processes are removed."""
+def holds(worker: Worker) -> bool:
+    """Whether the worker has its weights in memory, or is about to."""
+    return worker.state in ("loading", "ready")
+
+
+def live_workers(run: Path, server_pid: int | None = None) -> dict[str, list[Worker]]:
+    """{model: its live workers}, of the server with this process id where one is given.
+
+    Records of dead processes are removed, but for those that died while loading: `WorkerState.check_deaths` counts
+    them.
+    """
     found: dict[str, list[Worker]] = {}
-    for path in sorted((run / "workers").glob("*.json")):
-        try:
-            record = _Record.model_validate_json(path.read_text())
-        except (OSError, ValidationError):
-            continue
+    for path, record in _records(run):
         if not _alive(record):
-            path.unlink(missing_ok=True)
-        elif record.server_pid == server_pid:
+            if not _fell(record) or time.time() - record.started > _DEATHS_WITHIN:
+                _forget([path])
+        elif server_pid in (None, record.server_pid):
             found.setdefault(record.model, []).append(record.worker)
     return found
+
+
+def _records(run: Path) -> list[tuple[Path, _Record]]:
+    found = []
+    for path in sorted((run / "workers").glob("*.json")):
+        with suppress(OSError, ValidationError):
+            found.append((path, _Record.model_validate_json(path.read_text())))
+    return found
+
+
+def _forget(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _fell(record: _Record) -> bool:
+    """Whether the process ended while it loaded."""
+    return record.worker.state == "loading" and not _alive(record)
 
 
 def _alive(record: _Record) -> bool:

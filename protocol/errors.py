@@ -68,6 +68,24 @@ class Unavailable(LunaError):
     status, code = 503, "unavailable"
 
 
+class Loading(Unavailable):
+    """The model's workers are starting."""
+
+    code = "loading"
+
+
+class Full(Unavailable):
+    """The model works, and as many requests as its queue takes wait already."""
+
+    code = "full"
+
+
+class Broken(Unavailable):
+    """The model did not load; trying again does not help before somebody mends it."""
+
+    code = "broken"
+
+
 class OutOfMemory(LunaError):
     """The device has no room for this request; a smaller one may fit."""
 
@@ -88,6 +106,9 @@ _BY_CODE = {
         Impossible,
         NoSharedMemory,
         Unavailable,
+        Loading,
+        Full,
+        Broken,
         OutOfMemory,
         Internal,
     )

@@ -111,7 +111,8 @@ class StepCache(Message):
     def _coherent(self) -> "StepCache":
         if None not in (self.start_timestep, self.end_timestep) and self.start_timestep < self.end_timestep:
             raise ValueError("start_timestep must not be below end_timestep (start_percent below end_percent)")
-        if self.preset and self.model_fields_set & {"policy", "parameters", "start_timestep", "end_timestep"}:
+        own = (self.policy, self.parameters, self.start_timestep, self.end_timestep)
+        if self.preset and own != ("first_block", {}, None, None):
             raise ValueError("a preset brings its own policy, parameters and window; give the one or the others")
         return self
 
@@ -215,6 +216,18 @@ class VaeOutput(Message):
     kind: Literal["vae_output"] = "vae_output"
 
 
+class Readiness(Request):
+    """Asks any model whether it is loaded. A request without a body means the same: a probe can be a plain GET."""
+
+    kind: Literal["readiness"] = "readiness"
+
+
+class Ready(Message):
+    """The reply of a model that is loaded; others answer with the reason why not."""
+
+    kind: Literal["ready"] = "ready"
+
+
 class RepositoryIndex(Request):
     """Asks what the store holds and what is loaded."""
 
@@ -222,35 +235,52 @@ class RepositoryIndex(Request):
 
 
 class Worker(Message):
-    """A live worker process of a served model; `state` is loading, ready or failed (then `reason` says why)."""
+    """A live worker process of a served model.
+
+    state: waiting for room on its device, loading, ready, or failed (then `reason` says why). weights_bytes: what it
+    holds, or will. busy: it computes; last_used: when it last began or ended to, in seconds since 1970.
+    """
 
     pid: int
-    state: Literal["loading", "ready", "failed"]
+    state: Literal["waiting", "loading", "ready", "failed"]
     device: str
     assigned_gpu: int | None = None
     dtype: str | None = None
     weights_bytes: int = 0
     requests: int = 0
+    busy: bool = False
+    last_used: float = 0
     reason: str = ""
 
 
 class ServedModel(Message):
-    """An archive of the store, and its live workers: none when it is not loaded."""
+    """An archive of the store, and its live workers: none when it is not loaded.
+
+    name: NAME, or NAME/VERSION where the store has several versions.
+    fingerprint changes whenever the checkpoint's file does; None where the file is missing.
+    """
 
     name: str
     role: Literal["unet", "clip", "vae", "repository"]
     family: str | None = None
     checkpoint: str | None = None
+    fingerprint: ContentHash | None = None
     workers: list[Worker] = []
 
 
 class Index(Message):
-    """The reply to `RepositoryIndex`, also as plain JSON."""
+    """The reply to `RepositoryIndex`, also as plain JSON.
+
+    loras, embeddings and servable are files below their roots. servable are checkpoints that have no archive yet;
+    scripts/add_checkpoint.py takes these names.
+    """
 
     kind: Literal["index"] = "index"
     protocol_version: int = PROTOCOL_VERSION
     models: list[ServedModel]
     loras: list[str] = []
+    embeddings: list[str] = []
+    servable: list[str] = []
 
 
 class DescribeModel(Request):
@@ -263,14 +293,13 @@ class DescribeModel(Request):
 class ModelDescription(Message):
     """What a client has to know of weights that it does not hold.
 
-    fingerprint changes whenever the checkpoint's file does. shapes is {component: {key without prefix: shape}} with the
-    components "unet", "vae", "clip_l", "clip_g". markers are the file's scalar tensors that say how the UNet was
-    trained ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), 0 where the mere presence counts.
+    shapes is {component: {key without prefix: shape}} with the components "unet", "vae", "clip_l", "clip_g". markers
+    are the file's scalar tensors that say how the UNet was trained ("v_pred", "ztsnr", "edm_vpred.sigma_max",
+    "edm_vpred.sigma_min"), 0 where the mere presence counts.
     """
 
     kind: Literal["model_description"] = "model_description"
     model: ServedModel
-    fingerprint: ContentHash
     shapes: dict[str, dict[str, list[int]]]
     markers: dict[str, float] = {}
 

@@ -8,15 +8,18 @@ import _environment
 _environment.ensure()
 
 import argparse
+import os
+import re
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from comfy_client.server import Server
-from handlers.engine.roots import Roots
+from handlers.engine.roots import Roots, find
+from handlers.worker_state import FIRST_VERSION
 from protocol.errors import LunaError
-from serving.archives import Archive, pack_checkpoint
+from serving.archives import Archive, pack_checkpoint, pack_repository
 from serving.loading import load, overview
 from serving.specs import SpecError
 from serving.torchserve import ROOT
@@ -24,7 +27,14 @@ from serving.torchserve import ROOT
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .safetensors file in ComfyUI's layout")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="a .safetensors file in ComfyUI's layout, or a name below the model folders",
+    )
+    parser.add_argument("--version", default=FIRST_VERSION, help="to serve beside others of the name (%(default)s)")
+    parser.add_argument("--comfyui", type=Path, metavar="DIR", help="look for names in this ComfyUI's folders too")
     parser.add_argument("--name", help="what the models are called before the dot, instead of the file's name")
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), help="what to compute in, instead of the specs' choice"
@@ -36,26 +46,40 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.name and len(arguments.files) > 1:
         parser.error("--name names one file's models; add the files one by one")
+    if not re.fullmatch(r"\d+(\.\d+)*", arguments.version):
+        parser.error(f"--version {arguments.version!r} is no version; give a number such as 2.0")
+    if arguments.comfyui:
+        os.environ["LUNA_COMFYUI"] = str(arguments.comfyui)
     console = Console()
     archives: list[Archive] = []
     status = 0
     for file in arguments.files:
         try:
-            archives += pack_checkpoint(file, arguments.store, arguments.name, arguments.dtype)
+            path = Path(file)
+            if not path.is_file():
+                path = find(Roots.from_environment(ROOT).checkpoints, file, "checkpoint")
+            archives += pack_checkpoint(
+                path, arguments.store, arguments.name, arguments.dtype, version=arguments.version
+            )
         except (LunaError, SpecError) as error:
-            console.print(f"[red]{file.name}: {error}")
+            console.print(f"[red]{file}: {error}")
             status = 1
     for archive in archives:
         done = "packed" if archive.written else "already there"
         console.print(f"{archive.model:30} {done}, {archive.path.stat().st_size / 1024:.0f} KiB")
-    host = "http://127.0.0.1"
-    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
     if not archives:
         return 1
-    if not server.ping():
-        console.print(f"No server at {server.inference}: scripts/serve.py will serve them.")
-        return status
-    return _serve(server, archives, console) or status
+    pack_repository(arguments.store)
+    host = "http://127.0.0.1"
+    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
+    try:
+        if not server.ping():
+            console.print(f"No server at {server.inference}: scripts/serve.py will serve them.")
+            return status
+        return _serve(server, archives, console) or status
+    except LunaError as error:
+        console.print(f"[red]{error}")
+        return 1
 
 
 def _serve(server: Server, archives: list[Archive], console: Console) -> int:

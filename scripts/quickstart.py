@@ -8,24 +8,27 @@ import argparse
 import os
 import sys
 import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from comfy_client.server import Server
 from protocol.errors import LunaError
-from protocol.messages import ClipText, DescribeModel, ModelDescription, UNetForward, VaeDecode, validate
+from protocol.messages import ClipText, DescribeModel, ModelDescription, UNetForward, validate
+from protocol.save_job import PictureGroup, QueueReport, QueueStatus, SaveJob
 from serving.archives import pack_checkpoint, pack_repository
 from serving.loading import load, overview
+from serving.specs import SpecError
 from serving.stopping import Stopped, stop_on_signals
 from serving.torchserve import ROOT, Ports, TorchServe
 
 CHECKPOINT = ROOT / "miniature" / "luna_miniature.safetensors"
+OUTPUT = ROOT / "output"
 PROMPT = "a red circle on a white background"
 STEPS, GUIDANCE, SEED = 25, 5.0, 1
 LATENT_SCALE = 0.18215  # UNet space = LATENT * this, for SD1.5
@@ -78,6 +81,26 @@ def sample(server: Server, unet: str, conds: torch.Tensor, size: int, v_predicti
     return x
 
 
+def save(server: Server, vae: str, latent: torch.Tensor, prompt: str) -> Path:
+    """Have a LATENT [1, 4, h, w] decoded and saved by the server's queue, and wait for the picture."""
+    job = SaveJob(
+        job_id=uuid.uuid4().hex,
+        groups=[PictureGroup(source="latent", tensor="latent", format="png", subdir=False)],
+        filename="quickstart_%time:YYYY_mm_dd.HH.MM.SS%",
+        metadata={"positive": prompt, "seed": SEED, "steps": STEPS, "cfg": GUIDANCE},
+        created=time.time(),
+    )
+    server.call(vae, job, {"latent": latent})
+    while True:
+        report = validate(QueueReport, server.call(vae, QueueStatus(job_ids=[job.job_id]))[0])
+        [status] = report.jobs
+        if status.state == "done":
+            return OUTPUT / status.files[0].path
+        if status.state == "dead":
+            raise RuntimeError(f"the picture could not be saved: {status.reason}")
+        time.sleep(0.05)
+
+
 def make_picture(server: Server, name: str, prompt: str, size: int, watch: Stopwatch) -> Path:
     with watch.time("prompt"):
         conds = server.call(f"{name}.clip", ClipText(texts=[prompt, ""]))[1]["hidden"]
@@ -86,11 +109,7 @@ def make_picture(server: Server, name: str, prompt: str, size: int, watch: Stopw
         markers = validate(ModelDescription, described).markers
         latent = sample(server, f"{name}.unet", conds, size, "v_pred" in markers)
     with watch.time("decode and save"):
-        pixels = server.call(f"{name}.vae", VaeDecode(), {"latent": latent / LATENT_SCALE})[1]["pixels"]
-        levels = ((pixels[0].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        path = ROOT / "output" / f"quickstart_{time.strftime('%Y%m%d-%H%M%S')}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(levels).save(path)
+        path = save(server, f"{name}.vae", latent / LATENT_SCALE, prompt)
     return path
 
 
@@ -108,7 +127,7 @@ def main() -> int:
     watch.seconds["environment"] = time.time() - STARTED
     stop_on_signals()
     home = ROOT / "run" / "quickstart"
-    os.environ["LUNA_HOME"] = str(home)
+    os.environ |= {"LUNA_HOME": str(home), "LUNA_OUTPUT": str(OUTPUT)}
     store = home / "model_store"
     torchserve = TorchServe(store, home / "run", Ports.free())
     try:
@@ -134,7 +153,7 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except (LunaError, RuntimeError) as error:
+    except (LunaError, SpecError, RuntimeError) as error:
         console.print(f"[red]{error}")
         return 1
     finally:

@@ -1,21 +1,57 @@
-"""Serve every archive of the model store in the foreground. Ctrl-C or SIGTERM ends all of it: Java and workers too."""
+"""Serve the model store in the foreground. Ctrl-C or SIGTERM ends all of it: Java and workers too.
+
+What was loaded when the server ended is loaded again, with as many workers; what was unloaded stays so until
+scripts/models.py, ComfyUI or curl loads it. Archives that are new in the store are loaded.
+"""
 
 import _environment
 
 _environment.ensure()
 
 import argparse
+import os
+import re
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from comfy_client.server import Server
+from handlers.engine.memory_budget import Budgets
 from handlers.engine.roots import Roots
+from handlers.worker_state import KEEPER
+from protocol.errors import LunaError
 from serving.archives import pack_repository, refresh
+from serving.keeper import Keeper, Registered
 from serving.loading import load, overview
+from serving.specs import SpecError
 from serving.stopping import Stopped, stop_on_signals
 from serving.torchserve import ROOT, Ports, TorchServe
+
+
+def restored(store: list[str], registered: dict[str, int]) -> dict[str, int | None]:
+    """{model: workers to start, None for as many as its archive says} of what the store holds, in order."""
+    wanted = {model: registered.get(model) for model in store}
+    # Whatever was unloaded, the repository model is what tells of it.
+    return {model: count for model, count in wanted.items() if count != 0} | {"repository": None}
+
+
+def exposed(arguments: argparse.Namespace, ports: Ports) -> dict[str, str]:
+    """TorchServe's settings for a server behind a proxy; management stays on loopback."""
+    if not arguments.behind_proxy:
+        return {}
+    return {
+        "inference_address": f"http://0.0.0.0:{ports.inference}",
+        "metrics_address": f"http://0.0.0.0:{ports.metrics}",
+        "disable_token_authorization": "true",
+    }
+
+
+def announce(console: Console, torchserve: TorchServe, server: Server) -> None:
+    console.print(overview(server.index()))
+    console.print(f"inference   {torchserve.inference}", f"management  {torchserve.management}", sep="\n")
+    console.print(f"metrics     {torchserve.metrics}/metrics", f"tokens      {torchserve.key_file}", sep="\n")
+    console.print(f"logs        {torchserve.log.parent}", "Ctrl-C stops it.", sep="\n", soft_wrap=True)
 
 
 def main() -> int:
@@ -30,20 +66,47 @@ def main() -> int:
     parser.add_argument(
         "--run", type=Path, default=roots.run, help="the folder for tokens, logs and state (%(default)s)"
     )
+    parser.add_argument("--comfyui", type=Path, metavar="DIR", help="use this ComfyUI's model folders too")
+    parser.add_argument(
+        "--memory",
+        metavar="DEVICE=SIZE,...",
+        help="most that weights may take of a device, such as 0=20GB,cpu=8GB; idle models make room for others "
+        "(three quarters of each GPU; a CPU has no bound)",
+    )
+    parser.add_argument(
+        "--behind-proxy",
+        action="store_true",
+        help="answer inference and metrics on every network address and ask for no token: for a container or a private "
+        "network, behind a proxy that does ask (docs/security.md)",
+    )
+    parser.add_argument("--only", choices=("unet", "clip", "vae"), help="serve the models of this role alone")
     arguments = parser.parse_args()
+    if arguments.comfyui:
+        os.environ["LUNA_COMFYUI"] = str(arguments.comfyui.absolute())
+    if arguments.memory:
+        os.environ["LUNA_MEMORY"] = arguments.memory
     console = Console()
     stop_on_signals()
     try:
+        Roots.from_environment(ROOT)
+        budgets = Budgets.from_environment()
         pack_repository(arguments.store)
-        models = [archive.model for archive in refresh(arguments.store)]
-        with TorchServe(arguments.store, arguments.run, Ports.from_first(arguments.port)) as torchserve:
+        stored = [archive.model for archive in refresh(arguments.store)]
+        if arguments.only:
+            stored = [model for model in stored if re.search(rf"\.{arguments.only}(\.\d+)?(/|$)", model)]
+        wanted = restored(stored, Registered(arguments.run).read())
+        (arguments.run / KEEPER).unlink(missing_ok=True)
+        ports = Ports.from_first(arguments.port)
+        with TorchServe(arguments.store, arguments.run, ports, **exposed(arguments, ports)) as torchserve:
             server = Server(torchserve.inference, torchserve.management, torchserve.key_file)
-            load(server, models, console)
-            console.print(overview(server.index()))
-            console.print(f"inference   {torchserve.inference}", f"management  {torchserve.management}", sep="\n")
-            console.print(f"metrics     {torchserve.metrics}/metrics", f"tokens      {torchserve.key_file}", sep="\n")
-            console.print(f"logs        {torchserve.log.parent}", "Ctrl-C stops it.", sep="\n", soft_wrap=True)
-            status = torchserve.wait()
+            load(server, wanted, console, workers=wanted)
+            keeper = Keeper(server, arguments.run, budgets)
+            keeper.start()
+            try:
+                announce(console, torchserve, server)
+                status = torchserve.wait()
+            finally:
+                keeper.stop()
             console.print(
                 f"[red]TorchServe ended by itself with status {status}. Its last words:[/]\n{torchserve.tail()}"
             )
@@ -51,7 +114,7 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except RuntimeError as error:
+    except (LunaError, SpecError, RuntimeError) as error:
         console.print(f"[red]{error}")
         return 1
 

@@ -8,17 +8,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from comfy_client.server import archive_name
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.roots import Roots
+from handlers.worker_state import FIRST_VERSION
 from serving.specs import FOLDER, load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSION = "1.0"
 _HANDLERS = {
     "unet": "unet_forward.py",
     "clip": "clip_encode.py",
@@ -29,7 +31,11 @@ _HANDLERS = {
 
 @dataclass(frozen=True)
 class Archive:
-    """A .mar of the store; `written` tells whether it had to be packed, or was there with the same content."""
+    """A .mar of the store.
+
+    model: NAME, or NAME/VERSION for versions after the first. written: it had to be packed, and was not there already
+    with the same content.
+    """
 
     model: str
     path: Path
@@ -48,6 +54,7 @@ def pack_checkpoint(
     dtype: str | None = None,
     home: Path = ROOT,
     specs: Path = FOLDER,
+    version: str = FIRST_VERSION,
 ) -> list[Archive]:
     """Pack one archive per part of a checkpoint (UNet, text encoders, VAE) and replica; only the file's header is read.
 
@@ -56,6 +63,7 @@ def pack_checkpoint(
         dtype: "fp32", "fp16" or "bf16" instead of what the specs say.
         home: LunaServe's home, see `Roots`.
         specs: the folder of the specs.
+        version: beside which others of the same name may be served; a number such as "2.0".
 
     Raises:
         LunaError: the file cannot be served; see `read_header` and `detect`.
@@ -74,17 +82,21 @@ def pack_checkpoint(
             "checkpoint": file.relative_to(root).as_posix(),
             "checkpoint_roots": [str(root)],
         }
-        archives += _pack_role(store, f"{name}.{role}", role, handler | ({"dtype": dtype} if dtype else {}), specs)
+        archives += _pack_role(
+            store, f"{name}.{role}", role, handler | ({"dtype": dtype} if dtype else {}), specs, version
+        )
     return archives
 
 
 def refresh(store: Path) -> list[Archive]:
-    """Pack the archives of the store again whose code is not ours of today, with the settings that they have."""
+    """Pack our archives of the store again whose code is not that of today, with the settings that they have."""
     archives = []
     for path in sorted(store.glob("*.mar")):
-        with zipfile.ZipFile(path) as packed:
-            config = yaml.safe_load(packed.read("model-config.yaml"))
-        archives.append(_pack(store, path.stem, config["handler"]["role"], config))
+        with suppress(zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError):  # not ours
+            with zipfile.ZipFile(path) as packed:
+                config = yaml.safe_load(packed.read("model-config.yaml"))
+            model, _, version = path.stem.partition("@")
+            archives.append(_pack(store, model, config["handler"]["role"], config, version or FIRST_VERSION))
     return archives
 
 
@@ -93,7 +105,9 @@ def model_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("_.-") or "model"
 
 
-def _pack_role(store: Path, model: str, role: str, handler: dict, specs: Path) -> list[Archive]:
+def _pack_role(
+    store: Path, model: str, role: str, handler: dict, specs: Path, version: str = FIRST_VERSION
+) -> list[Archive]:
     spec = load_spec(role, specs)
     settings = {"role": role} | spec.handler.model_dump() | handler
     models = [f"{model}.{replica}" if replica else model for replica in range(spec.replicas)]
@@ -101,14 +115,15 @@ def _pack_role(store: Path, model: str, role: str, handler: dict, specs: Path) -
         if path.stem.removeprefix(f"{model}.").isdecimal() and path.stem not in models:
             path.unlink()
     return [
-        _pack(store, replica, role, spec.model_config_yaml(number) | {"handler": settings})
+        _pack(store, replica, role, spec.model_config_yaml(number) | {"handler": settings}, version)
         for number, replica in enumerate(models)
     ]
 
 
-def _pack(store: Path, model: str, role: str, config: dict) -> Archive:
+def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Archive:
     store.mkdir(parents=True, exist_ok=True)
-    archive = store / f"{model}.mar"
+    served = model if version == FIRST_VERSION else f"{model}/{version}"
+    archive = store / archive_name(served)
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)
         code = temporary / "code"
@@ -118,9 +133,9 @@ def _pack(store: Path, model: str, role: str, config: dict) -> Archive:
         config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         handler = code / "handlers" / _HANDLERS[role]
         if _is_current(archive, code, config_file, handler):
-            return Archive(model, archive, written=False)
+            return Archive(served, archive, written=False)
         # A process of its own, because the archiver collects its files in a fixed place of the temporary folder.
-        command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", model, "--version", VERSION]
+        command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", model, "--version", version]
         command += [
             "--handler",
             handler,
@@ -137,9 +152,9 @@ def _pack(store: Path, model: str, role: str, config: dict) -> Archive:
             raise RuntimeError(f"torch-model-archiver could not pack {model}:\n{done.stderr[-2000:]}")
         # Renamed in place, so that nobody ever sees half an archive.
         partial = archive.with_suffix(".part")
-        shutil.copyfile(temporary / archive.name, partial)
+        shutil.copyfile(temporary / f"{model}.mar", partial)
         os.replace(partial, archive)
-    return Archive(model, archive, written=True)
+    return Archive(served, archive, written=True)
 
 
 def _is_current(archive: Path, code: Path, config_file: Path, handler: Path) -> bool:

@@ -1,20 +1,27 @@
 """Has models loaded and shows on the console how that goes, and what came of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from comfy_client.server import Server
-from protocol.errors import LunaError
+from protocol.errors import LunaError, Unavailable
 from protocol.messages import Index
 
 
-def load(server: Server, models: Iterable[str], console: Console, seconds: float = 600) -> list[str]:
-    """Register the archives of these models and wait for their workers; returns those that were registered.
+def load(
+    server: Server,
+    models: Iterable[str],
+    console: Console,
+    workers: Mapping[str, int | None] | None = None,
+) -> None:
+    """Register the archives of these models and wait for their workers, showing how it goes.
 
-    An archive that TorchServe refuses is told on the console, and the others go on.
+    `workers` says how many a model gets, where that is not the number that its archive asks for.
+
+    A model that TorchServe refuses, or whose workers are late, is told on the console, and the others go on.
     """
     columns = (
         SpinnerColumn(),
@@ -27,7 +34,9 @@ def load(server: Server, models: Iterable[str], console: Console, seconds: float
         registered = []
         for model, task in tasks.items():
             try:
-                server.register(f"{model}.mar")
+                server.load(model)
+                if count := (workers or {}).get(model):
+                    server.scale(model, count)
                 registered.append(model)
             except LunaError as error:
                 progress.update(task, completed=1, state=f"[red]{error}")
@@ -35,8 +44,10 @@ def load(server: Server, models: Iterable[str], console: Console, seconds: float
         def show(model: str, ready: int, wanted: int) -> None:
             progress.update(tasks[model], completed=ready >= wanted, state=f"{ready} of {wanted} workers ready")
 
-        server.wait_ready(registered, seconds, show)
-    return registered
+        try:
+            server.wait_ready(registered, progress=show)
+        except Unavailable as error:
+            progress.console.print(f"[red]{error}")
 
 
 def overview(index: Index) -> Table:

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, create_model
 
-from handlers.settings import HandlerSettings
+from handlers.settings import SETTINGS
 
 FOLDER = Path(__file__).resolve().parent.parent / "archive_specs"
-ROLES = ("unet", "clip", "vae", "repository")
 # What add_checkpoint.py knows and a spec therefore does not say.
 _OF_ARCHIVE = ("role", "home", "family", "checkpoint", "checkpoint_roots")
 
@@ -42,19 +41,15 @@ class Timeouts(_Section):
     start_s: int = Field(ge=1, le=86400)
 
 
-_handler_fields = {n: (f.annotation, f) for n, f in HandlerSettings.model_fields.items() if n not in _OF_ARCHIVE}
-Handler = create_model("Handler", __base__=_Section, **_handler_fields)
-
-
 class Spec(_Section):
-    """One role's spec. `devices` are GPU numbers or "cpu"; `handler` has the `HandlerSettings` that a spec may set."""
+    """A role's spec. `devices` are GPU numbers or "cpu"; `handler` has those of the role's settings that it may set."""
 
     devices: Annotated[list[int] | Literal["cpu"], PlainValidator(_devices)]
     replicas: int = Field(ge=1, le=64)
     workers: int = Field(ge=1, le=64)
     batch: Batch
     timeouts: Timeouts
-    handler: Handler = Handler()
+    handler: _Section
 
     def model_config_yaml(self, replica: int) -> dict[str, Any]:
         """TorchServe's keys of model-config.yaml for one replica, counted from 0."""
@@ -74,6 +69,15 @@ class Spec(_Section):
         }
 
 
+def _spec_type(role: str) -> type[Spec]:
+    fields = {n: (f.annotation, f) for n, f in SETTINGS[role].model_fields.items() if n not in _OF_ARCHIVE}
+    handler = create_model("Handler", __base__=_Section, **fields)
+    return create_model("Spec", __base__=Spec, handler=(handler, handler()))
+
+
+_SPECS = {role: _spec_type(role) for role in SETTINGS}
+
+
 def load_spec(role: str, folder: Path = FOLDER) -> Spec:
     """The spec of a role.
 
@@ -83,36 +87,31 @@ def load_spec(role: str, folder: Path = FOLDER) -> Spec:
     path = folder / f"{role}.yaml"
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Spec.model_validate(fields)
+        return _SPECS[role].model_validate(fields)
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise SpecError(f"{path} is not YAML: {error}") from error
     except ValidationError as error:
-        raise SpecError("\n".join(f"{path}: {_told(each)}" for each in error.errors())) from error
+        raise SpecError("\n".join(f"{path}: {_told(each, _SPECS[role])}" for each in error.errors())) from error
 
 
-def _told(error: dict[str, Any]) -> str:
+def _told(error: dict[str, Any], model: type[BaseModel]) -> str:
     *section, key = error["loc"] or ("",)
+    for name in section:
+        model = model.model_fields[name].annotation
     where = ".".join(map(str, error["loc"]))
     match error["type"]:
         case "extra_forbidden":
-            known = list(_model_at(section).model_fields)
+            known = list(model.model_fields)
             return f"unknown key {where!r}{_nearest(key, known)}; the keys here are {', '.join(known)}"
         case "missing":
             return f"the key {where!r} is missing"
         case "literal_error":
-            given, choices = error["input"], _model_at(section).model_fields[key].annotation.__args__
+            given, choices = error["input"], model.model_fields[key].annotation.__args__
             return f"{where} is {given!r}{_nearest(given, choices)}; the choices are {', '.join(choices)}"
         case _:
             return f"{where or 'the file'} is {error['input']!r}: {error['msg']}"
-
-
-def _model_at(section: list[str]) -> type[BaseModel]:
-    model: type[BaseModel] = Spec
-    for name in section:
-        model = model.model_fields[name].annotation
-    return model
 
 
 def _nearest(given: Any, known: Any) -> str:

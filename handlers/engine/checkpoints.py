@@ -4,6 +4,7 @@ The one place for a further family is `_family` and the part tables below it.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,16 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise NotFound(f"there is no file {path}", "give the path of a .safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise Malformed(
-                f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        # A length may begin like a pickle or a zip archive; only a safetensors header begins with a brace behind it.
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES) or start[8:] != b"{":
+            if start[:2] == b"PK" or start[:1] == b"\x80":
+                raise Malformed(
+                    f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
+                )
             raise Malformed(f"{path.name} is not a safetensors file, or its header is cut off", "download it again")
+        file.seek(8)
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
@@ -101,6 +104,20 @@ def detect(header: Shapes) -> Detected:
 def part_shapes(header: Shapes, part: Part, component: str) -> dict[str, tuple[int, ...]]:
     """{key without prefix: shape} of one component."""
     return {short: header[key] for key, short in part.keys(header, component)}
+
+
+def weights_size(path: Path, role: str, dtype: torch.dtype) -> int:
+    """Bytes that one part of a file takes as `dtype`, from its header.
+
+    Raises:
+        NotFound, Malformed: see `read_header` and `detect`; also when the file has no such part.
+    """
+    header = read_header(path)
+    part = detect(header).parts.get(role)
+    if part is None:
+        raise Malformed(f"{Path(path).name} has no {role}", "pack it again with scripts/add_checkpoint.py")
+    keys = (key for component in part.prefixes for key, _ in part.keys(header, component))
+    return sum(math.prod(header[key]) for key in keys) * dtype.itemsize
 
 
 def read_tensors(

@@ -158,7 +158,8 @@ class LoraFiles:
             )
         source = Source(content)
         if source not in self._loras:
-            self._keep(source, self._parse(content, tensors, tensors.__getitem__))
+            # Copied: a request's tensors may lie in memory that is its client's.
+            self._keep(source, self._parse(content, tensors, lambda name: tensors[name].clone()))
 
     def trim(self, spare: Collection[Source] = ()) -> None:
         """Drops the least recently used beyond the capacity, but none of `spare`, which a request still needs."""

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from handlers.engine.comfyui_folders import comfyui_folders
 from protocol.errors import Malformed, NotFound
 
 MAX_NAME = 255  # bytes, of most file systems
@@ -44,7 +45,11 @@ class Roots:
     def from_environment(cls, home: Path) -> "Roots":
         """`under(LUNA_HOME or home)`, each folder replaced by its variable LUNA_CHECKPOINTS, LUNA_LORAS,
         LUNA_EMBEDDINGS (lists, separated as PATH is), LUNA_OUTPUT, LUNA_SPOOL, LUNA_RUN or LUNA_MODEL_STORE where that
-        is set."""
+        is set, and the model folders of the ComfyUI that LUNA_COMFYUI names added.
+
+        Raises:
+            NotFound, Malformed: see `comfyui_folders`.
+        """
         roots = cls.under(Path(os.environ.get("LUNA_HOME") or home))
         changes: dict[str, object] = {}
         for field, default in vars(roots).items():
@@ -53,7 +58,11 @@ class Roots:
                 continue
             several = isinstance(default, tuple)
             changes[field] = tuple(map(Path, value.split(os.pathsep))) if several else Path(value).absolute()
-        return replace(roots, **changes)
+        roots = replace(roots, **changes)
+        if comfyui := os.environ.get("LUNA_COMFYUI"):
+            added = {kind: getattr(roots, kind) + paths for kind, paths in comfyui_folders(Path(comfyui)).items()}
+            roots = replace(roots, **added)
+        return roots
 
 
 def confined(root: Path, name: str) -> Path:

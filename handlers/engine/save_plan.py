@@ -10,10 +10,11 @@ from handlers.engine.filenames import model_variables, picture_name, render
 from handlers.engine.image_writer import EXTENSIONS, MAX_SIDE
 from handlers.engine.job_store import NewFile
 from handlers.engine.picture_metadata import generation_texts, jpeg_exif, model_texts, workflow_texts
-from protocol.errors import Impossible, Malformed
+from protocol.errors import Impossible, Malformed, TooLarge
 from protocol.save_job import PictureGroup, SaveJob
 
 MAX_ROWS = 64
+MAX_PIXELS = 16 * 4096 * 4096  # of a whole job, which is decoded in memory
 HEATMAPS = "_heatmaps"
 
 
@@ -25,6 +26,7 @@ def plan(job: SaveJob, tensors: Mapping[str, Tensor], latent_channels: int, late
 
     Raises:
         Malformed: tensors are missing or too many, of a wrong shape or dtype, or a template is wrong.
+        TooLarge: more than `MAX_PIXELS`.
         Impossible: a picture that its format cannot hold, or tensors that are not finite.
     """
     named = {part.tensor for part in (*job.groups, *job.heatmaps)}
@@ -45,6 +47,9 @@ def plan(job: SaveJob, tensors: Mapping[str, Tensor], latent_channels: int, late
         for row in range(rows):
             path = _path(job, group, row, rows, width, height)
             files.append(NewFile(path, "picture", number, row, width, height))
+    pixels = sum(file.width * file.height for file in files)
+    if pixels > MAX_PIXELS:
+        raise TooLarge(f"the job has {pixels} pixels", f"send at most {MAX_PIXELS} in one job")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise Impossible(f"{name} holds NaN or infinity", "look for the node that made it")

@@ -145,17 +145,24 @@ class DeepCache(Policy):
 
 
 class Forecast(DeepCache):
-    """DeepCache whose deep features are extrapolated to the present timestep instead of held.
+    """DeepCache whose features are not held but extrapolated to the present timestep.
 
-    order: degree of the polynomial through the last order + 1 full evaluations; a hit waits until it has them.
+    interval: every how many evaluations one is computed in full; 1 never hits.
+    branch: how many input and output blocks a hit still runs; with 0 only the head, on features foreseen.
+    order: degree of the polynomial through the last order + 1 full evaluations; hits wait until there are so many.
 
     Source: Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", arXiv:2503.06923,
-    here as a Lagrange polynomial in the timestep, because full evaluations need not be evenly spaced.
+    here as Lagrange's polynomial in the timestep, because full evaluations need not be evenly spaced.
     """
 
     name = "forecast"
 
+    branch: int = Field(default=0, ge=0, le=32)
     order: int = Field(default=1, ge=1, le=3)
+
+    @property
+    def depth(self) -> int:
+        return max(self.branch, 1)
 
     @property
     def keeps(self) -> int:

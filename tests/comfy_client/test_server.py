@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from comfy_client.server import Server, Timeouts, Unauthorized, Unreachable
+from comfy_client.transport import BLOB, Transport
+from protocol import shared_memory
 from protocol.blob import content_hash, pack
-from protocol.errors import Impossible, Malformed, NotFound, TooLarge, Unavailable
+from protocol.errors import Impossible, Internal, Malformed, NotFound, TooLarge, Unavailable
 from protocol.messages import ClipText, UNetForward, UNetOutput, VaeDecode
 from serving.torchserve import ROOT, Ports, TorchServe
 from tests.conftest import connect
@@ -63,12 +65,40 @@ def test_tensors_go_by_hash_until_the_worker_lacks_them(server: Server, served_t
     request = UNetForward(references={"context": content_hash(inputs["context"])})
     bodies = []
     predict = server._predict
-    monkeypatch.setattr(server, "_predict", lambda model, body: (bodies.append(len(body)), predict(model, body))[1])
+    monkeypatch.setattr(
+        server, "_predict", lambda model, body: (bodies.append(body.blob_bytes), predict(model, body))[1]
+    )
     first = server.call(f"{served_tiny}.unet", request, inputs)[1]["out"]
     assert len(bodies) == 2 and bodies[1] - bodies[0] >= inputs["context"].nbytes
     again = server.call(f"{served_tiny}.unet", request, inputs)[1]["out"]
     assert len(bodies) == 3 and bodies[2] == bodies[0]
     assert torch.equal(first, plain) and torch.equal(again, plain)
+
+
+def test_shared_memory_and_bodies_give_the_same(server: Server, torchserve: TorchServe, served_tiny: str) -> None:
+    inputs = latent_inputs(2, 24)
+    from_elsewhere = connect(torchserve)
+    from_elsewhere._transport = Transport("http://elsewhere")
+    by_body = from_elsewhere.call(f"{served_tiny}.unet", UNetForward(), inputs)[1]["out"]
+    leases = server._transport._leases
+    assert leases is not None
+    for _ in range(2):
+        assert torch.equal(server.call(f"{served_tiny}.unet", UNetForward(), inputs)[1]["out"], by_body)
+    assert server._transport._leases is leases and len(leases._idle) > 0
+
+
+def test_a_worker_that_cannot_reach_our_memory_gets_bodies(
+    torchserve: TorchServe, served_tiny, monkeypatch, tmp_path, caplog
+):
+    client, inputs = connect(torchserve), latent_inputs()
+    model = f"{served_tiny}.unet"
+    expected = client.call(model, UNetForward(), inputs)[1]["out"]
+    # A folder that the worker does not look into, as if it ran in a container.
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    apart = connect(torchserve)
+    for _ in range(2):
+        assert torch.equal(apart.call(model, UNetForward(), inputs)[1]["out"], expected)
+    assert caplog.text.count("cannot map our memory") == 1
 
 
 def test_a_hash_that_nobody_holds_is_told(server: Server, served_tiny: str) -> None:
@@ -96,10 +126,15 @@ def test_faults_of_torchserve_are_told_as_ours(server: Server, torchserve: Torch
         server.register("absent.mar")
     with pytest.raises(NotFound, match="absent"):
         server.unregister("absent.unet")
-    too_large = torch.zeros(1, 4, 1024, 1024 * 16)
-    with pytest.raises(TooLarge, match="max_request_size"):
-        server.call(f"{served_tiny}.vae", VaeDecode(), {"latent": too_large})
     assert server.ping()
+
+
+def test_a_body_over_the_limit_is_refused_with_the_setting_to_change(torchserve: TorchServe, served_tiny: str) -> None:
+    over_http = connect(torchserve)
+    over_http._transport = Transport("http://elsewhere")
+    with pytest.raises(TooLarge, match="max_request_size"):
+        over_http.call(f"{served_tiny}.vae", VaeDecode(), {"latent": torch.zeros(1, 4, 1024, 1024 * 16)})
+    assert over_http.ping()
 
 
 def test_a_model_without_workers_is_unavailable_and_comes_back(server: Server, torchserve, served_tiny: str) -> None:
@@ -217,7 +252,7 @@ def misbehaving(*answers: tuple[int, dict, bytes] | None) -> Iterator[tuple[str,
         server.server_close()
 
 
-OUT = (200, {}, pack(UNetOutput(), {"out": torch.ones(1)}))
+OUT = (200, {"Content-Type": BLOB}, pack(UNetOutput(), {"out": torch.ones(1)}))
 BUSY = (503, {"Retry-After": "1"}, Unavailable("full", retry_after=1).to_json())
 
 
@@ -246,11 +281,11 @@ def test_a_cut_connection_is_tried_again_for_what_may_run_twice(tmp_path: Path) 
 
 
 def test_answers_that_are_not_ours_are_told(tmp_path: Path) -> None:
-    with misbehaving((200, {}, b"<html>"), (502, {}, b"<html>")) as (address, _):
+    with misbehaving((200, {"Content-Type": "text/html"}, b"<html>"), (500, {}, b"<html>")) as (address, _):
         server = Server(address, address, tmp_path / "none")
-        with pytest.raises(Malformed):
+        with pytest.raises(Internal, match="html"):
             server.call("m", UNetForward(), {})
-        with pytest.raises(Exception, match="502"):
+        with pytest.raises(Exception, match="500"):
             server.call("m", UNetForward(), {})
 
 

@@ -1,5 +1,6 @@
 """Both ends of the transport in one process, and between them only what HTTP would carry."""
 
+import gc
 import json
 import threading
 
@@ -8,12 +9,14 @@ import torch
 
 from comfy_client.transport import JSON, Answer, Body, Transport
 from handlers.transport import Transport as WorkerTransport
+from protocol import shared_memory
 from protocol.blob import Blob
 from protocol.errors import Impossible, LunaError, NoSharedMemory
 from protocol.messages import UNetForward, UNetOutput
-from protocol.shared_memory import FOLDER
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm here; HTTP bodies carry the blobs")
+pytestmark = pytest.mark.skipif(
+    not shared_memory.FOLDER.is_dir(), reason="no /dev/shm here; HTTP bodies carry the blobs"
+)
 
 LOCAL = "http://127.0.0.1:8080"
 
@@ -47,14 +50,15 @@ def ask(transport: Transport, worker: Worker, x: torch.Tensor) -> torch.Tensor:
 
 
 def segments() -> set[str]:
-    return {path.name for path in FOLDER.glob("luna-*")}
+    return {path.name for path in shared_memory.FOLDER.iterdir()}
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing():
-    before = segments()
+def _leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
     yield
-    assert segments() <= before
+    gc.collect()
+    assert not segments()
 
 
 def test_tensors_go_through_memory_and_are_the_callers_own():

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.specs import FOLDER, ROLES, SpecError, load_spec
+from handlers.settings import SETTINGS
+from serving.specs import FOLDER, SpecError, load_spec
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def change(folder: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", SETTINGS)
 def test_the_specs_that_come_along_are_valid(role: str) -> None:
     config = load_spec(role).model_config_yaml(0)
     assert config["maxBatchDelay"] >= 1
@@ -88,3 +89,9 @@ def test_cpu_is_told_to_torchserve_as_such(folder: Path) -> None:
     change(folder, "devices: [0]", "devices: cpu")
     config = load_spec("unet", folder).model_config_yaml(0)
     assert config["deviceType"] == "cpu" and "deviceIds" not in config
+
+
+def test_a_role_takes_its_own_settings_only(folder: Path) -> None:
+    (folder / "vae.yaml").write_text((folder / "unet.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(SpecError, match=r"unknown key 'handler\.step_cache_mb'"):
+        load_spec("vae", folder)

@@ -123,3 +123,13 @@ def test_stored_dtypes_are_cast(tmp_path, stored):
     tensors = read_tensors(path, part, "unet", torch.float32, CPU)
     name = "input_blocks.0.0.weight"
     assert torch.equal(tensors[name], narrow["model.diffusion_model." + name].float())
+
+
+@pytest.mark.parametrize("start", [b"\x80", b"\x80\x01", b"PK"])
+def test_a_header_length_that_looks_like_a_pickle_is_none(tmp_path, start):
+    length = int.from_bytes(start, "little")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + b"\0\0\0\0")
+    assert path.read_bytes().startswith(start)
+    assert read_header(path) == {"a": (1,)}

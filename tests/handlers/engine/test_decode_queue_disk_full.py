@@ -1,4 +1,4 @@
-"""A full disk costs time, never a picture: nothing half-written stays, nothing accepted is lost, nothing is refused for good."""
+"""A full disk costs time, never a picture: nothing half-written stays, and nothing that was accepted is lost."""
 
 import time
 

@@ -81,7 +81,7 @@ def root(tmp_path_factory):
     for name, seed in (("a", 2), ("b", 3)):
         checkpoints.write_lora(folder / f"{name}.safetensors", "tiny_sd15", seed=seed)
         checkpoints.write_lora(folder / f"{name}_xl.safetensors", "tiny_sdxl", seed=seed)
-    layer = "lora_unet_output_blocks_1_1_transformer_blocks_0_ff_net_2"
+    layer = "lora_unet_output_blocks_2_1_transformer_blocks_0_ff_net_2"
     save_file(file_of("loha", {layer: torch.Size([64, 256])}), folder / "c.safetensors")
     return folder
 
@@ -283,7 +283,7 @@ def test_beside_the_weights_each_row_gets_its_own_stack(tiny, root, noise, shape
         deviation = (together[start : start + count] - expected).norm() / expected.norm()
         assert deviation < bound
         if stack.uses:
-            assert (expected - base[start : start + count]).norm() / expected.norm() > 10 * bound
+            assert (expected - base[start : start + count]).norm() / expected.norm() > 5 * bound
         start += count
     assert bench.overlays.counters.unmerged_forwards == 1
 

@@ -1,0 +1,1 @@
+"""What ComfyUI believes are its own MODEL, CLIP and VAE: its classes, with weights and arithmetic elsewhere."""

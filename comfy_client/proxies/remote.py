@@ -1,0 +1,105 @@
+"""A served model as its proxy uses it: one call at a time, and ComfyUI's cancel button ends the wait."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from comfy import model_management
+from torch import Tensor
+
+from comfy_client.server import Server
+from protocol.messages import DescribeModel, ModelDescription, Request, ServedModel, validate
+
+log = logging.getLogger(__name__)
+
+_INTERRUPT_POLL_SECONDS = 0.05
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One served model.
+
+    Attributes:
+        description: its shapes and family as they were when the proxy was made.
+    """
+
+    server: Server
+    description: ModelDescription
+    _told: set[str] = field(default_factory=set)
+
+    @classmethod
+    def find(cls, server: Server, name: str) -> "Remote":
+        """Ask the server what `name` is made of.
+
+        Raises:
+            NotFound: the server's store does not have it.
+        """
+        message, _ = server.call("repository", DescribeModel(model=name))
+        return cls(server, validate(ModelDescription, message))
+
+    @property
+    def model(self) -> ServedModel:
+        return self.description.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its workers compute in; float32 while none is loaded."""
+        return next((_DTYPES[worker.dtype] for worker in self.model.workers if worker.dtype), torch.float32)
+
+    def meta_tensors(self, component: str) -> dict[str, Tensor]:
+        """{key without prefix: tensor on the meta device}: names, shapes and dtype, no weights."""
+        shapes = self.description.shapes[component]
+        return {key: torch.empty(shape, dtype=self.dtype, device="meta") for key, shape in shapes.items()}
+
+    def ask(self, request: Request, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The reply's message and tensors.
+
+        Raises:
+            InterruptProcessingException: the user cancelled.
+            LunaError: whatever the server told.
+        """
+        message, reply = interruptible(lambda: self.server.call(self.model.name, request, tensors))
+        for report in message.get("lora", []):
+            self._tell_unmatched(report)
+        return message, reply
+
+    def _tell_unmatched(self, report: dict[str, Any]) -> None:
+        lora = report.get("name") or report.get("content")
+        if report.get("unmatched") and lora not in self._told:
+            self._told.add(lora)
+            names = ", ".join(report["unmatched_names"][:5])
+            log.warning("LoRA %s: %d tensors fit nothing in %s: %s", lora, report["unmatched"], self.model.name, names)
+
+
+def interruptible(call: Callable[[], Result]) -> Result:
+    """What `call` returns.
+
+    It runs in a thread of its own, because nothing can end a blocking read early: when the user cancels, it is left
+    behind and its outcome dropped.
+
+    Raises:
+        InterruptProcessingException: the user cancelled.
+    """
+    outcome: list[Result] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="luna call", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_INTERRUPT_POLL_SECONDS)
+        model_management.throw_exception_if_processing_interrupted()
+    if failure:
+        raise failure[0]
+    return outcome[0]

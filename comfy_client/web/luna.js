@@ -1,0 +1,143 @@
+// LunaServe's sidebar panel, settings and warnings. All data comes from ComfyUI's own server (/luna/...), which alone
+// holds the tokens.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const REFRESH_MS = 2000;
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+async function ask(path, options = {}) {
+  const answer = await api.fetchApi(path, options);
+  const told = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error([told.message ?? answer.statusText, told.hint].filter(Boolean).join(" - "));
+  return told;
+}
+
+function megabytes(bytes) {
+  return `${(bytes / 1e6).toLocaleString(undefined, { maximumFractionDigits: 0 })} MB`;
+}
+
+class Panel {
+  constructor(root) {
+    this.state = element("div", { className: "luna-state" });
+    this.models = element("div");
+    this.counters = element("table", { className: "luna-counters" });
+    this.message = element("div", { className: "luna-message" });
+    this.busy = new Set();
+    root.replaceChildren(element("div", { className: "luna-panel" }, this.state, this.models, this.counters, this.message));
+    this.root = root;
+    this.tick();
+  }
+
+  async tick() {
+    if (!this.root.isConnected) return;
+    await this.refresh();
+    setTimeout(() => this.tick(), REFRESH_MS);
+  }
+
+  async refresh() {
+    try {
+      this.show(await ask("/luna/status"));
+    } catch (error) {
+      this.state.textContent = `down: ${error.message}`;
+      this.state.className = "luna-state luna-down";
+      this.models.replaceChildren();
+      this.counters.replaceChildren();
+    }
+  }
+
+  show(status) {
+    this.state.textContent = `up: ${status.address}, ${status.requests_per_second.toFixed(1)} requests/s`;
+    this.state.className = "luna-state luna-up";
+    this.models.replaceChildren(...status.models.map((model) => this.card(model)));
+    this.counters.replaceChildren(
+      ...Object.entries(status.counters).map(([name, value]) =>
+        element("tr", {}, element("td", { textContent: name }), element("td", { textContent: value.toLocaleString() })),
+      ),
+    );
+  }
+
+  card(model) {
+    const workers = model.workers.map((worker) => {
+      const where = `${worker.device} ${worker.dtype ?? ""}, ${megabytes(worker.weights_bytes)}, ${worker.requests} requests`;
+      return element("div", { textContent: worker.state === "ready" ? where : `${worker.state}: ${worker.reason}` });
+    });
+    const buttons = model.role === "repository" ? [] : this.buttons(model);
+    return element(
+      "div",
+      { className: "luna-model" },
+      element("div", { className: "luna-name" }, element("b", { textContent: model.name }), ...buttons),
+      ...(workers.length ? workers : [element("div", { textContent: "not loaded", className: "luna-muted" })]),
+    );
+  }
+
+  buttons(model) {
+    if (this.busy.has(model.name)) return [element("span", { textContent: "working ...", className: "luna-muted" })];
+    const act = (label, action, body) =>
+      element("button", { textContent: label, title: `${action} ${model.name}`, onclick: () => this.change(model.name, action, body) });
+    const count = model.workers.length;
+    if (!count) return [act("load", "load")];
+    const fewer = count > 1 ? [act("-", "scale", { workers: count - 1 })] : [];
+    return [...fewer, act("+", "scale", { workers: count + 1 }), act("unload", "unload")];
+  }
+
+  async change(name, action, body) {
+    this.busy.add(name);
+    this.message.textContent = "";
+    try {
+      await ask(`/luna/models/${encodeURIComponent(name)}/${action}`, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(body ?? {}),
+      });
+    } catch (error) {
+      this.message.textContent = error.message;
+    }
+    this.busy.delete(name);
+    await this.refresh();
+  }
+}
+
+const STYLE = `
+.luna-panel { padding: 0.75rem; display: flex; flex-direction: column; gap: 0.6rem; overflow: auto; font-size: 0.85rem; }
+.luna-state { font-weight: bold; }
+.luna-up { color: var(--p-green-500, #4a4); }
+.luna-down, .luna-message { color: var(--p-red-400, #e66); }
+.luna-model { border: 1px solid var(--border-color, #444); border-radius: 6px; padding: 0.5rem; margin-bottom: 0.4rem; }
+.luna-name { display: flex; gap: 0.4rem; align-items: center; }
+.luna-name b { flex: 1; }
+.luna-name button { padding: 0 0.5rem; cursor: pointer; }
+.luna-muted { opacity: 0.6; }
+.luna-counters td:last-child { text-align: right; padding-left: 1rem; }
+`;
+
+const text = (id, name, defaultValue, tooltip) => ({ id, name, type: "text", defaultValue, tooltip, category: ["Luna", "Server", name] });
+
+app.registerExtension({
+  name: "LunaServe",
+  settings: [
+    text("Luna.Server.Inference", "Inference address", "http://127.0.0.1:8080", "TorchServe's inference address; LUNA_INFERENCE overrides it."),
+    text("Luna.Server.Management", "Management address", "http://127.0.0.1:8081", "TorchServe's management address; LUNA_MANAGEMENT overrides it."),
+    text("Luna.Server.Metrics", "Metrics address", "http://127.0.0.1:8082", "TorchServe's metrics address; LUNA_METRICS overrides it."),
+    text("Luna.Server.TokenFile", "Token file", "", "Path of the server's key_file.json as ComfyUI's own machine sees it; LUNA_TOKEN_FILE overrides it."),
+  ],
+  async setup() {
+    document.head.append(element("style", { textContent: STYLE }));
+    app.extensionManager.registerSidebarTab({
+      id: "luna",
+      icon: "pi pi-moon",
+      title: "Luna",
+      tooltip: "LunaServe: models, memory and load",
+      type: "custom",
+      render: (root) => new Panel(root),
+    });
+    api.addEventListener("luna.warning", ({ detail }) =>
+      app.extensionManager.toast.add({ severity: "warn", summary: "LunaServe", detail: detail.message, life: 10000 }),
+    );
+  },
+});

@@ -1,0 +1,36 @@
+"""Latents to pictures, one at a time, and in tiles where a picture is large."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from handlers.engine.vae import SCALE, VAE
+from protocol.messages import Tiling
+
+log = logging.getLogger(__name__)
+
+# Large enough that seams are rare, small enough for 4 GB of memory in fp16.
+TILES = Tiling(tile_size=1024, overlap=128)
+
+
+def decode_pictures(vae: VAE, latent: Tensor, whole_pixels: int) -> Tensor:
+    """Images [B, H, W, 3] float32 in 0..1 on the CPU, as ComfyUI's VAE Decode gives them, of latent [B, C, h, w].
+
+    A picture of more than `whole_pixels` is decoded in tiles, and so is one for which the device has no memory.
+    """
+    return torch.cat([_picture(vae, row, whole_pixels) for row in latent.to(vae.device, vae.dtype).split(1)])
+
+
+def _picture(vae: VAE, row: Tensor, whole_pixels: int) -> Tensor:
+    pixels = row.shape[2] * row.shape[3] * SCALE * SCALE
+    tiling = TILES if pixels > whole_pixels else None
+    try:
+        decoded = vae.decode(row, tiling)
+    except torch.OutOfMemoryError:
+        if tiling:
+            raise
+        log.warning("no memory for %d pixels at once: decoding in tiles", pixels)
+        torch.cuda.empty_cache()
+        decoded = vae.decode(row, TILES)
+    return ((decoded.float().cpu() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)

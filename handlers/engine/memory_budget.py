@@ -1,0 +1,61 @@
+"""How many bytes of weights each device may hold.
+
+A budget covers weights alone. Activations, LoRA overlays and step caches live beside them, which is why a GPU's default
+leaves a quarter free.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from protocol.errors import Malformed
+from protocol.messages import Worker
+
+VARIABLE = "LUNA_MEMORY"
+_DEFAULT_SHARE = 0.75
+_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """{device ("cpu", "0", "1" ...): bytes} as given; see `of` for the others."""
+
+    given: dict[str, int]
+
+    @classmethod
+    def parse(cls, text: str) -> "Budgets":
+        """From `DEVICE=SIZE` pairs separated by commas, such as "0=20GB,cpu=8GiB".
+
+        Raises:
+            Malformed: naming the pair.
+        """
+        given = {}
+        for pair in filter(None, map(str.strip, text.split(","))):
+            match = re.fullmatch(r"(cpu|\d+)=(\d+(?:\.\d+)?)([MG]i?B)", pair, re.IGNORECASE)
+            if match is None:
+                raise Malformed(f"{pair!r} is no memory budget", "give DEVICE=SIZE such as 0=20GB, 1=500MiB or cpu=8GB")
+            given[match[1].lower()] = int(float(match[2]) * _UNITS[match[3].upper()])
+        return cls(given)
+
+    @classmethod
+    def from_environment(cls) -> "Budgets":
+        return cls.parse(os.environ.get(VARIABLE, ""))
+
+    def of(self, device: str) -> int | None:
+        """Bytes for weights on a device: as given, else three quarters of a GPU's memory, and no bound on a CPU."""
+        if device in self.given:
+            return self.given[device]
+        if device != "cpu" and torch.cuda.is_available():
+            return int(torch.cuda.get_device_properties(int(device)).total_memory * _DEFAULT_SHARE)
+        return None
+
+
+def device_key(worker: Worker) -> str:
+    """The device a worker was assigned, also where it is not there: the number of a GPU, or "cpu"."""
+    return "cpu" if worker.assigned_gpu is None else str(worker.assigned_gpu)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,101 @@
+"""List, load, unload and scale the models of a running server.
+
+A checkpoint's name stands for all of its parts: `models.py load sd15` is `models.py load sd15.unet sd15.clip sd15.vae`.
+"""
+
+import _environment
+
+_environment.ensure()
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from comfy_client.server import Server
+from protocol.errors import LunaError, NotFound
+from protocol.messages import Index
+from serving.loading import load, overview
+
+
+def named(index: Index, names: list[str]) -> list[str]:
+    """The models that the names stand for.
+
+    Raises:
+        NotFound: the store has no such model or checkpoint.
+    """
+    known = [model.name for model in index.models]
+    chosen = []
+    for name in names:
+        parts = [model for model in known if model == name or model.rsplit("/", 1)[0].startswith(f"{name}.")]
+        if not parts:
+            raise NotFound(f"the store has no {name!r}", f"it has {', '.join(known) or 'nothing'}")
+        chosen += [name] if name in known else parts
+    return list(dict.fromkeys(chosen))
+
+
+def show_list(server: Server, console: Console) -> int:
+    index = server.index()
+    console.print(overview(index))
+    idle = [model.name for model in index.models if not model.workers]
+    console.print(f"not loaded: {', '.join(idle) or 'none'}")
+    console.print(f"checkpoints without archives (add_checkpoint.py NAME): {', '.join(index.servable) or 'none'}")
+    return 0
+
+
+def show_load(server: Server, models: list[str], console: Console) -> int:
+    load(server, models, console)
+    index = server.index()
+    index.models = [model for model in index.models if model.name in models]
+    console.print(overview(index))
+    ready = {model.name for model in index.models if any(worker.state == "ready" for worker in model.workers)}
+    return 0 if ready == set(models) else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8080, help="of the server, as given to serve.py (%(default)s)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what is loaded, what could be")
+    for command, told in (("load", "have workers started"), ("unload", "end the workers once nobody waits for them")):
+        commands.add_parser(command, help=told).add_argument("names", nargs="+", metavar="NAME")
+    scale = commands.add_parser("scale", help="change the number of a model's workers")
+    scale.add_argument("name", metavar="NAME")
+    scale.add_argument("workers", type=int, metavar="N", help="at least 1; unload ends the last")
+    commands.add_parser("versions", help="a model's versions").add_argument("name", metavar="NAME")
+    default = commands.add_parser("set-default", help="have a version answer to the model's plain name")
+    default.add_argument("name", metavar="NAME")
+    default.add_argument("version", metavar="VERSION")
+    arguments = parser.parse_args()
+    if arguments.command == "scale" and arguments.workers < 1:
+        parser.error(f"{arguments.workers} workers: give 1 or more; unload ends the last")
+    console = Console()
+    host = "http://127.0.0.1"
+    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
+    try:
+        match arguments.command:
+            case "list":
+                return show_list(server, console)
+            case "load":
+                return show_load(server, named(server.index(), arguments.names), console)
+            case "unload":
+                for model in named(server.index(), arguments.names):
+                    server.unload(model)
+                    console.print(f"{model} unloaded")
+            case "scale":
+                server.scale(arguments.name, arguments.workers)
+                server.wait_ready([arguments.name])
+            case "versions":
+                versions, default = server.versions(arguments.name)
+                for version in versions:
+                    console.print(f"{version}{'  (default)' if version == default else ''}")
+            case "set-default":
+                server.set_default(arguments.name, arguments.version)
+        return 0
+    except LunaError as error:
+        console.print(f"[red]{error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Watch a running server: devices, memory, models, workers, requests, latency, cache, LoRA and the decode queue."""
+
+import _environment
+
+_environment.ensure()
+
+import argparse
+import csv
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from comfy_client.server import Server
+from protocol.errors import LunaError
+from protocol.messages import Index
+from serving.loading import overview
+from serving.measurements import Gpu, Metrics, gpus
+from serving.stopping import Stopped, stop_on_signals
+
+# (what is shown, metric) of counters; those of the decode queue and of caches appear once there was something to count.
+COUNTERS = (
+    ("step cache hits", "StepCacheHits"),
+    ("step cache misses", "StepCacheMisses"),
+    ("seconds saved by it", "StepCacheSecondsSaved"),
+    ("LoRA merges", "LoraMerges"),
+    ("LoRA overlays found", "LoraOverlayHits"),
+    ("bytes of overlays", "LoraOverlayBytes"),
+    ("decode jobs waiting", "DecodeQueueQueuedJobs"),
+    ("decode jobs done", "DecodeQueueDoneJobs"),
+    ("decode jobs given up", "DecodeQueueDeadJobs"),
+)
+
+
+def devices(found: list[Gpu]) -> Table:
+    table = Table("device", "used", "of", "")
+    for gpu in found:
+        table.add_row(
+            f"GPU {gpu.number}", f"{gpu.used / 1e9:.1f} GB", f"{gpu.total / 1e9:.1f} GB", f"{gpu.percent:.0f} %"
+        )
+    if not found:
+        table.add_row("no GPU", "", "", "")
+    return table
+
+
+def traffic(index: Index, metrics: Metrics, before: Metrics | None, seconds: float) -> Table:
+    """One row a loaded model; rates are those since `before`."""
+    table = Table("model", "requests", "per second", "failed", "mean run", "mean batch", "memory")
+    for model in index.models:
+        if not model.workers:
+            continue
+        label = {"ModelName": model.name.split("/")[0]}
+        requests = metrics.total("LunaRequests", **label)
+        rate = (requests - before.total("LunaRequests", **label)) / seconds if before else 0
+        run, batch = metrics.mean("LunaRunSeconds", **label), metrics.mean("LunaBatchSize", **label)
+        table.add_row(
+            model.name,
+            f"{requests:.0f}",
+            f"{rate:.1f}",
+            f"{requests - metrics.total('LunaRequests', Outcome='ok', **label):.0f}",
+            "" if run is None else f"{run * 1000:.1f} ms",
+            "" if batch is None else f"{batch:.2f}",
+            f"{metrics.total('LunaMemoryBytes', **label) / 1e9:.2f} GB",
+        )
+    return table
+
+
+def counters(metrics: Metrics) -> Table:
+    table = Table("counted", "since the start")
+    for told, name in COUNTERS:
+        if name in metrics.names():
+            table.add_row(told, f"{metrics.total(name):,.0f}")
+    return table
+
+
+class GpuLog:
+    """A row a reading: timestamp, elapsed_sec and, of each GPU, gpuN_ used_gb, total_gb, percent, used_mb, free_mb."""
+
+    def __init__(self, file: TextIO, found: list[Gpu]) -> None:
+        kinds = ("used_gb", "total_gb", "percent", "used_mb", "free_mb")
+        self._writer = csv.writer(file)
+        self._writer.writerow(
+            ["timestamp", "elapsed_sec", *(f"gpu{gpu.number}_{kind}" for gpu in found for kind in kinds)]
+        )
+        self._begun = time.monotonic()
+
+    def add(self, found: list[Gpu]) -> None:
+        row: list[str] = [datetime.now().isoformat(timespec="seconds"), f"{time.monotonic() - self._begun:.1f}"]
+        for gpu in found:
+            row += [f"{gpu.used / (1 << 30):.2f}", f"{gpu.total / (1 << 30):.2f}", f"{gpu.percent:.1f}"]
+            row += [f"{gpu.used >> 20}", f"{(gpu.total - gpu.used) >> 20}"]
+        self._writer.writerow(row)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=8080, help="of the server, as given to serve.py (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=2, help="between readings (%(default)s)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the GPUs' memory there too")
+    parser.add_argument("--once", action="store_true", help="show one reading and end")
+    arguments = parser.parse_args()
+    host, port = "http://127.0.0.1", arguments.port
+    server = Server(f"{host}:{port}", f"{host}:{port + 1}")
+    console = Console()
+    stop_on_signals()
+    log = arguments.csv.open("w", newline="", encoding="utf-8", buffering=1) if arguments.csv else None
+    gpu_log = GpuLog(log, gpus()) if log else None
+    before, then = None, 0.0
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                found, index, metrics = gpus(), server.index(), Metrics.read(f"{host}:{port + 2}")
+                now = time.monotonic()
+                shown = [
+                    devices(found),
+                    overview(index),
+                    traffic(index, metrics, before, now - then),
+                    counters(metrics),
+                ]
+                live.update(Group(*shown), refresh=True)
+                if gpu_log:
+                    gpu_log.add(found)
+                if arguments.once:
+                    return 0
+                before, then = metrics, now
+                time.sleep(arguments.seconds)
+    except Stopped:
+        return 0
+    except LunaError as error:
+        console.print(f"[red]{error}")
+        return 1
+    finally:
+        if log:
+            log.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

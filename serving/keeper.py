@@ -1,0 +1,172 @@
+"""Looks after a running server: what TorchServe leaves undone while models come and go.
+
+- Remembers what is registered, for the next start.
+- Makes room: where a worker waits for its device's budget, the least recently used models that nobody samples with are
+  unloaded.
+- Lets nobody wait for ever: requests that still waited when somebody scaled their model to 0 get a worker, until it has
+  been idle for a while.
+
+It works from the workers' own records and the management API, so it does not matter whether a person, ComfyUI or curl
+asked for the load.
+"""
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from pathlib import Path
+
+from comfy_client.server import Server
+from handlers.engine.memory_budget import Budgets, device_key, gigabytes
+from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
+from protocol.errors import LunaError
+from protocol.messages import Worker
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = ROOM_SECONDS / 2
+_POLL_SECONDS = 1.0
+_REMEMBER_EVERY = 10  # polls; each asks TorchServe about every model
+_PART = re.compile(r"\.(unet|clip|vae)(\.\d+)?(/.+)?$")
+
+
+class Registered:
+    """Which models were registered, with how many workers: a small JSON file in the run folder.
+
+    A model of the store that the file does not know is new; one that it knows with 0 workers was unloaded.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "registered.json"
+
+    def read(self) -> dict[str, int]:
+        try:
+            return {str(model): int(count) for model, count in json.loads(self.path.read_text("utf-8")).items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError, TypeError) as error:
+            log.warning("%s is unreadable, so every model is loaded: %s", self.path, error)
+            return {}
+
+    def write(self, workers: dict[str, int]) -> None:
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text(json.dumps(workers, indent=1, sort_keys=True), "utf-8")
+        os.replace(partial, self.path)
+
+
+class Keeper:
+    """Works in a thread of its own between `start` and `stop`."""
+
+    def __init__(self, server: Server, run: Path, budgets: Budgets) -> None:
+        self.server = server
+        self.run = run
+        self.budgets = budgets
+        self.registered = Registered(run)
+        self._draining: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        (self.run / KEEPER).touch()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Remember what is registered now, and end."""
+        if self._thread.is_alive():
+            self._stop.set()
+            self._thread.join()
+            (self.run / KEEPER).unlink(missing_ok=True)
+            self._guarded(self.remember)
+
+    def remember(self) -> None:
+        """Write down what is registered."""
+        known = dict.fromkeys(self.registered.read(), 0)
+        known |= dict.fromkeys((model.name for model in self.server.index().models), 0)
+        self.registered.write(known | self._wanted())
+
+    def make_room(self) -> None:
+        """Unload what is idle, for each worker that waits and can be helped."""
+        workers = live_workers(self.run)
+        for model, each in workers.items():
+            for worker in each:
+                if worker.state == "waiting":
+                    for idle in self._in_the_way(worker, workers):
+                        log.warning("unloading %s, to make room for %s", idle, model)
+                        self.server.unload(idle, seconds=0)
+                        del workers[idle]
+                    return
+
+    def drain(self, wanted: dict[str, int]) -> None:
+        """Answer those who wait for a model that has no workers any more."""
+        for model, count in wanted.items():
+            if not count and self.server.pending(model):
+                log.warning("%s was scaled to 0 while requests waited: a worker answers them", model)
+                self.server.scale(model, 1)
+                self._draining.add(model)
+        workers = live_workers(self.run)
+        for model in self._draining & workers.keys():
+            if _is_idle(model, workers) and not self.server.pending(model):
+                self.server.scale(model, 0)
+                self._draining.remove(model)
+
+    def _loop(self) -> None:
+        polls = 0
+        while not self._stop.wait(_POLL_SECONDS):
+            self._guarded(self.make_room)
+            polls += 1
+            if polls % _REMEMBER_EVERY == 0:
+                self._guarded(self.remember)
+                self._guarded(lambda: self.drain(self._wanted()))
+
+    def _guarded(self, task) -> None:
+        try:
+            task()
+        except (LunaError, OSError) as error:
+            # The server may be restarting its repository model; there is a next time.
+            log.warning("the keeper could not do its work: %s", error)
+
+    def _wanted(self) -> dict[str, int]:
+        names = {model.name for model in self.server.index().models}
+        wanted = {}
+        for model in self.server.models():
+            versions, _ = self.server.versions(model)
+            for version in versions:
+                name = f"{model}/{version}"
+                name = name if name in names else model
+                wanted[name] = self.server.describe(name)["minWorkers"]
+        return wanted
+
+    def _in_the_way(self, waiting: Worker, workers: dict[str, list[Worker]]) -> list[str]:
+        """Models whose unloading lets the waiting worker load, least recently used first; none if it is not enough."""
+        device = device_key(waiting)
+        held = {
+            model: sum(each.weights_bytes for each in own if holds(each) and device_key(each) == device)
+            for model, own in workers.items()
+        }
+        lacking = sum(held.values()) + waiting.weights_bytes - (self.budgets.of(device) or 0)
+        chosen = []
+        for model in sorted(filter(held.get, held), key=lambda model: _last_use(model, workers)):
+            if lacking > 0 and _is_idle(model, workers):
+                chosen.append(model)
+                lacking -= held[model]
+        if lacking <= 0 and chosen:
+            log.info("%s of room on %s", gigabytes(sum(held[model] for model in chosen)), device)
+        return chosen if lacking <= 0 else []
+
+
+def _parts(model: str, workers: dict[str, list[Worker]]) -> list[Worker]:
+    """The workers of all parts of a checkpoint: whoever samples will want to decode."""
+    checkpoint = _PART.sub("", model)
+    return [worker for other, own in workers.items() if _PART.sub("", other) == checkpoint for worker in own]
+
+
+def _last_use(model: str, workers: dict[str, list[Worker]]) -> float:
+    return max(worker.last_used for worker in _parts(model, workers))
+
+
+def _is_idle(model: str, workers: dict[str, list[Worker]]) -> bool:
+    parts = _parts(model, workers)
+    in_use = any(worker.busy or worker.state in ("loading", "waiting") for worker in parts)
+    return not in_use and time.time() - _last_use(model, workers) > IDLE_SECONDS

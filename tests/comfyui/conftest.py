@@ -1,0 +1,86 @@
+"""One real ComfyUI and one real server for all tests here; without COMFYUI_DIR they are skipped."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from comfy_client.server import Server
+from serving.archives import pack_checkpoint, pack_repository
+from serving.torchserve import Ports, TorchServe
+from tests import checkpoints
+from tests.comfyui.comfyui import ComfyUI
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _comfyui_is_there() -> None:
+    if not os.environ.get("COMFYUI_DIR"):
+        pytest.skip("set COMFYUI_DIR to a ComfyUI folder (and COMFYUI_PYTHON to its interpreter)")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI's model folders with seeded checkpoints and everything that patches them."""
+    folder = tmp_path_factory.mktemp("models")
+    fp16 = checkpoints.DTYPES["fp16"]
+    for shape in ("sd15", "sd15_inpaint", "sdxl"):
+        checkpoints.write(folder / "checkpoints" / f"{shape}.safetensors", shape, fp16)
+    checkpoints.write_lora(folder / "loras" / "a.safetensors", "sd15", seed=2)
+    checkpoints.write_lora(folder / "loras" / "b.safetensors", "sd15", rank=8, alpha=None, seed=5)
+    checkpoints.write_lora(folder / "loras" / "xl.safetensors", "sdxl", seed=7)
+    checkpoints.write_controlnet(folder / "controlnet" / "net.safetensors", "sd15")
+    checkpoints.write_embedding(folder / "embeddings" / "thing.safetensors", "sd15")
+    (folder / "vae").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torchserve(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """A server of these checkpoints, with one thread a worker, as ComfyUI has here."""
+    home = tmp_path_factory.mktemp("home")
+    store = home / "model_store"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("LUNA_CHECKPOINTS", str(models / "checkpoints"))
+    patch.setenv("LUNA_LORAS", str(home / "loras"))
+    (home / "loras").mkdir()
+    os.link(models / "loras" / "b.safetensors", home / "loras" / "on_server.safetensors")
+    pack_repository(store, home)
+    for file in sorted((models / "checkpoints").iterdir()):
+        pack_checkpoint(file, store, home=home)
+    with TorchServe(store, home / "run", Ports.free()) as running:
+        server = Server(running.inference, running.management, running.key_file)
+        names = [path.name for path in store.glob("*.mar") if path.stem != "sd15_inpaint.vae"]
+        for name in names:
+            server.register(name)
+        server.wait_ready([name.removesuffix(".mar") for name in names])
+        yield running
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def luna(torchserve: TorchServe) -> dict[str, str]:
+    """What tells a ComfyUI where the server is."""
+    return {
+        "LUNA_INFERENCE": torchserve.inference,
+        "LUNA_MANAGEMENT": torchserve.management,
+        "LUNA_METRICS": torchserve.metrics,
+        "LUNA_TOKEN_FILE": str(torchserve.key_file),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def comfyui(models: Path, luna: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    """A ComfyUI that knows the server, with a picture and a mask to load."""
+    base = tmp_path_factory.mktemp("comfyui")
+    instance = ComfyUI(base, models, luna)
+    pixels = numpy.random.default_rng(0).integers(0, 256, (96, 128, 4), dtype=numpy.uint8)
+    pixels[..., 3] = 255
+    pixels[24:64, 32:80, 3] = 0
+    Image.fromarray(pixels).save(base / "input" / "picture.png")
+    with instance:
+        yield instance

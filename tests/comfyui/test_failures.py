@@ -1,0 +1,124 @@
+"""What a user reads when something is not there, and how soon a cancelled run ends."""
+
+import contextlib
+import re
+import time
+
+import psutil
+import pytest
+
+from comfy_client.server import Server
+from serving.torchserve import TorchServe
+from tests.comfyui.comfyui import ComfyUI, Graph, RunFailed
+from tests.comfyui.workflows import empty, encode, gateway, local, remote, sample
+
+pytestmark = pytest.mark.slow
+
+
+def _picture(g: Graph, checkpoint: str = "sd15.safetensors", steps: int = 2, daemon_mode: str = "force_daemon", **size):
+    same = dict.fromkeys(("unet", "clip", "vae"), "from checkpoint")
+    router = g("LunaModelRouter", checkpoint=checkpoint, daemon_mode=daemon_mode, **same)
+    g.save(sample(g, router[0], encode(g, router[1]), empty(g, **size), steps=steps), "latent")
+    return router
+
+
+def test_interrupt_ends_a_run_within_0_3_seconds(comfyui: ComfyUI) -> None:
+    g = Graph()
+    _picture(g, steps=500, width=512, height=512)
+    prompt = comfyui.start(g)
+    _wait_for_step(comfyui)
+    started = time.monotonic()
+    comfyui.post("/interrupt")
+    while comfyui.get("/queue")["queue_running"]:
+        time.sleep(0.01)
+    seconds = time.monotonic() - started
+    with pytest.raises(RunFailed, match="interrupted"):
+        comfyui.wait(prompt)
+    assert seconds < 0.3
+
+
+def test_a_worker_killed_in_a_run_is_not_noticed(comfyui: ComfyUI, torchserve: TorchServe) -> None:
+    g = Graph()
+    _picture(g, steps=12, width=256, height=256)
+    expected = comfyui.run(g).latents["latent"]
+    comfyui.post("/free", {"free_memory": True})  # forgets the outcome, so that the same graph runs again
+    server = Server(torchserve.inference, torchserve.management, torchserve.key_file)
+    worker = next(model for model in server.index().models if model.name == "sd15.unet").workers[0]
+    prompt = comfyui.start(g)
+    _wait_for_step(comfyui)
+    psutil.Process(worker.pid).kill()
+    assert (comfyui.wait(prompt).latents["latent"] == expected).all()
+
+
+def test_an_unknown_lora_is_told_with_those_there_are(comfyui: ComfyUI) -> None:
+    g = Graph()
+    model, clip, vae = remote(g, "sd15.safetensors")
+    out = gateway(g, model, clip, vae, "a fox <lora:inc:0.8>")
+    g.save(sample(g, out[0], (out[3], out[4]), out[5]), "never")
+    with pytest.raises(RunFailed, match=r"there is no LoRA 'inc'.*on_server.safetensors.*a.safetensors"):
+        comfyui.run(g)
+
+
+def test_a_model_the_server_lacks_is_told_with_those_it_has(comfyui: ComfyUI) -> None:
+    g = Graph()
+    _picture(g, checkpoint="other.safetensors")
+    with pytest.raises(RunFailed, match=r"no unet of 'other.safetensors'.*sd15.safetensors"):
+        comfyui.run(g)
+
+
+@pytest.fixture
+def stray(models, luna, tmp_path):
+    """A ComfyUI whose settings about the server can be spoiled."""
+
+    @contextlib.contextmanager
+    def start(**changes: str):
+        with ComfyUI(tmp_path / "stray", models, luna | changes) as instance:
+            yield instance
+
+    return start
+
+
+def test_a_server_that_is_away(stray) -> None:
+    with stray(LUNA_INFERENCE="http://127.0.0.1:9", LUNA_MANAGEMENT="http://127.0.0.1:9") as comfyui:
+        g = Graph()
+        _picture(g)
+        with pytest.raises(RunFailed, match=r"no server at http://127.0.0.1:9.*start it with scripts/serve.py"):
+            comfyui.run(g)
+        reference, fallen_back = Graph(), Graph()
+        model, clip, _ = local(reference, "sd15.safetensors")
+        reference.save(sample(reference, model, encode(reference, clip), empty(reference), steps=2), "latent")
+        router = _picture(fallen_back, daemon_mode="auto")
+        fallen_back("PreviewAny", source=router[3])
+        run = comfyui.run(fallen_back)
+        assert (run.latents["latent"] == comfyui.run(reference).latents["latent"]).all()
+        told = " ".join(str(output.get("text")) for output in run.history["outputs"].values())
+        assert "local, because no server at http://127.0.0.1:9" in told
+        assert "Luna Model Router runs locally" in comfyui.log.read_text()
+
+
+def test_a_wrong_token(stray, tmp_path) -> None:
+    keys = tmp_path / "key_file.json"
+    keys.write_text(
+        '{"inference": {"key": "wrong", "expiration time": "2099-01-01T00:00:00.000000000Z"},'
+        ' "management": {"key": "wrong", "expiration time": "2099-01-01T00:00:00.000000000Z"}, "API": {"key": "wrong"}}'
+    )
+    with stray(LUNA_TOKEN_FILE=str(keys)) as comfyui:
+        g = Graph()
+        _picture(g)
+        with pytest.raises(RunFailed, match=r"refuses the .* token of .*key_file.json"):
+            comfyui.run(g)
+
+
+def _wait_for_step(comfyui: ComfyUI) -> None:
+    """Until the sampler has made a step, which its progress bar writes to the log."""
+    made = _steps(comfyui)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if _steps(comfyui) > made:
+            return
+        time.sleep(0.05)
+    raise TimeoutError("the sampler made no step")
+
+
+def _steps(comfyui: ComfyUI) -> int:
+    return len(re.findall(r"\d(?:it/s|s/it)\]", comfyui.log.read_text(errors="replace")))

@@ -1,0 +1,21 @@
+"""What operators write for budgets is read as they mean it, or refused with the form that works."""
+
+import pytest
+
+from handlers.engine.memory_budget import Budgets
+from protocol.errors import Malformed
+
+
+def test_sizes_in_decimal_and_binary_units():
+    budgets = Budgets.parse("0=20GB, 1=1.5gib,cpu=500MB")
+    assert (budgets.of("0"), budgets.of("1"), budgets.of("cpu")) == (20 * 10**9, 3 << 29, 500 * 10**6)
+
+
+def test_a_cpu_has_no_budget_unless_given():
+    assert Budgets.parse("").of("cpu") is None
+
+
+@pytest.mark.parametrize("text", ["0", "0=20", "gpu0=1GB", "0=-1GB", "cpu=1TB", "0=1GB;1=1GB"])
+def test_what_cannot_be_read_is_named(text):
+    with pytest.raises(Malformed, match="DEVICE=SIZE"):
+        Budgets.parse(text)

@@ -1,0 +1,35 @@
+"""A reply that TorchServe would kill the worker for is an error of that one request."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from handlers import transport
+from protocol.blob import Blob
+from protocol.errors import TooLarge
+from protocol.messages import Readiness, Ready
+
+CONFIG = Path(__file__).resolve().parent.parent.parent / "config.properties"
+
+
+def test_the_bound_is_torchserves() -> None:
+    assert int(re.search(r"^max_response_size=(\d+)", CONFIG.read_text(), re.M)[1]) == transport.MAX_BODY_BYTES
+
+
+def test_a_reply_above_it_is_refused_and_one_below_is_not(monkeypatch) -> None:
+    reply = Blob(Ready(), {"pixels": torch.zeros(1000)})
+    ours, row = transport.Transport(), {"body": bytearray(b"x")}
+    monkeypatch.setattr(transport, "MAX_BODY_BYTES", reply.size)
+    assert len(ours.answer(row, reply)[1]) == reply.size
+    monkeypatch.setattr(transport, "MAX_BODY_BYTES", reply.size - 1)
+    with pytest.raises(TooLarge, match="the reply has"):
+        ours.answer(row, reply)
+
+
+@pytest.mark.parametrize("row", [{}, {"body": b""}, {"data": None}])
+def test_no_body_asks_for_readiness(row) -> None:
+    message, tensors = transport.Transport().receive(row)
+    assert message == Readiness().model_dump() and tensors == {}
+    assert transport.is_plain_json(row)

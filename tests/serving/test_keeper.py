@@ -1,0 +1,153 @@
+"""Models come and go within the memory there is, whoever asked for them, and nobody who waits is forgotten."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from comfy_client.server import Server
+from handlers.engine.checkpoints import weights_size
+from handlers.engine.memory_budget import Budgets
+from protocol.errors import LunaError, OutOfMemory
+from protocol.messages import UNetForward, Worker
+from serving import keeper as keeper_module
+from serving.archives import pack_checkpoint, pack_repository
+from serving.keeper import Keeper, Registered
+from serving.torchserve import Ports, TorchServe
+from tests.checkpoints import write
+from tests.conftest import connect
+
+
+def worker(size: int, used: float = 0, gpu: int | None = None, state="ready", busy=False) -> Worker:
+    return Worker(
+        pid=1, state=state, device="cpu", assigned_gpu=gpu, weights_bytes=size, last_used=time.time() - used, busy=busy
+    )
+
+
+def in_the_way(waiting: Worker, budget: str, workers: dict[str, list[Worker]]) -> list[str]:
+    return Keeper(None, Path(), Budgets.parse(budget))._in_the_way(waiting, workers | {"new.unet": [waiting]})
+
+
+def test_the_least_recently_used_go_first_and_no_more_than_needed():
+    workers = {"a.unet": [worker(40 << 20, 100)], "b.unet": [worker(40 << 20, 300)], "c.unet": [worker(20 << 20, 200)]}
+    waiting = worker(50 << 20, state="waiting")
+    assert in_the_way(waiting, "cpu=100MiB", workers) == ["b.unet", "c.unet"]
+
+
+def test_a_checkpoint_that_samples_keeps_its_text_encoder_and_vae():
+    workers = {"a.unet": [worker(50 << 20, 0, busy=True)], "a.vae": [worker(50 << 20, 900)]}
+    assert in_the_way(worker(50 << 20, state="waiting"), "cpu=100MiB", workers) == []
+
+
+def test_what_was_used_a_moment_ago_stays():
+    assert in_the_way(worker(9, state="waiting"), "cpu=10MiB", {"a.unet": [worker(10 << 20, 1)]}) == []
+
+
+def test_nothing_goes_for_one_that_would_still_not_fit():
+    workers = {"a.unet": [worker(50 << 20, 900)], "b.unet": [worker(50 << 20, 0, busy=True)]}
+    assert in_the_way(worker(60 << 20, state="waiting"), "cpu=100MiB", workers) == []
+
+
+def test_other_devices_are_left_alone():
+    workers = {"a.unet": [worker(50 << 20, 900, gpu=1)], "b.unet": [worker(50 << 20, 100, gpu=0)]}
+    assert in_the_way(worker(40 << 20, gpu=0, state="waiting"), "0=50MiB,1=50MiB", workers) == ["b.unet"]
+
+
+def test_an_unreadable_memory_of_what_was_loaded_loads_everything(tmp_path):
+    (tmp_path / "registered.json").write_text('["a"]')
+    assert Registered(tmp_path).read() == {}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[TorchServe]:
+    """A server with the UNets of three checkpoints in its store and room for two on its GPU 0, which is not there."""
+    home = tmp_path_factory.mktemp("keeper")
+    pack_repository(home / "model_store", home)
+    for name in "abc":
+        file = write(home / "models" / "checkpoints" / f"{name}.safetensors", "tiny_sd15")
+        pack_checkpoint(file, home / "model_store", dtype="fp32", home=home)
+    size = weights_size(file, "unet", torch.float32)
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1", "LUNA_MEMORY": f"0={size * 2.5 / 1e6:.3f}MB", "OMP_NUM_THREADS": "1"}
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with TorchServe(home / "model_store", home / "run", Ports.free()) as server:
+            yield server
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def sample(server: Server, model: str) -> torch.Tensor:
+    tensors = {"x": torch.ones(1, 4, 8, 8), "timesteps": torch.ones(1), "context": torch.ones(1, 77, 64)}
+    return server.call(model, UNetForward(), tensors)[1]["out"]
+
+
+def state(server: Server, model: str) -> list[str]:
+    return [worker.state for each in server.index().models if each.name == model for worker in each.workers]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_life_of_models(running, monkeypatch):
+    monkeypatch.setattr(keeper_module, "IDLE_SECONDS", 3.0)
+    server = connect(running)
+    for model in ("repository", "a.unet", "b.unet"):
+        server.load(model)
+    server.wait_ready(["repository", "a.unet", "b.unet"])
+    assert [each.workers[0].assigned_gpu for each in server.index().models if each.workers][:2] == [0, 0]
+
+    # Nobody makes room: the third is refused at once, and says what would help.
+    server.load("c.unet")
+    server.wait_ready(["c.unet"])
+    with pytest.raises(OutOfMemory, match=r"c\.unet needs .* on 0, whose budget of .* holds a\.unet .*unload"):
+        sample(server, "c.unet")
+
+    # Somebody does: b goes, because a was used later.
+    keeper = Keeper(server, running.run, Budgets.parse(os.environ["LUNA_MEMORY"]))
+    keeper.start()
+    try:
+        time.sleep(4)
+        expected = sample(server, "a.unet")
+        server.load("c.unet")
+        server.wait_ready(["c.unet"])
+        deadline = time.monotonic() + 60
+        while state(server, "c.unet") != ["ready"] and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert sorted(server.models()) == ["a.unet", "c.unet", "repository"]
+        assert torch.equal(sample(server, "a.unet"), expected)
+
+        # Whoever waits for a model that somebody scales to 0 gets an answer all the same.
+        answers = []
+        patient = connect(running, answer=500)
+        big = {"x": torch.ones(2, 4, 48, 48), "timesteps": torch.ones(2), "context": torch.ones(2, 77, 64)}
+
+        def ask() -> None:
+            try:
+                answers.append(patient.call("c.unet", UNetForward(), big)[1]["out"].shape)
+            except LunaError as error:
+                answers.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        while not server.pending("c.unet"):
+            time.sleep(0.05)
+        server.scale("c.unet", 0)
+        for thread in threads:
+            thread.join(510)
+        answered = [each for each in answers if isinstance(each, torch.Size)]
+        assert len(answers) == 10 and len(answered) >= 5, answers
+    finally:
+        keeper.stop()
+    registered = Registered(running.run).read()
+    assert registered.pop("c.unet") in (0, 1)  # the worker that answered may still be there
+    assert registered == {
+        "repository": 1,
+        "a.unet": 1,
+        **dict.fromkeys(("b.unet", "a.clip", "b.clip", "c.clip", "a.vae", "b.vae", "c.vae"), 0),
+    }
