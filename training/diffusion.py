@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel
 
 from handlers.engine.unet_layout import UNetLayout
-from training import progress, samplers, shapes, text
+from training import progress, shapes, text
 from training.autoencoder import latents
 
 STEPS = 4000
@@ -18,6 +18,7 @@ BATCH = 16
 RATE = 6e-4
 DROPPED = 0.1  # share of captions left empty, so that classifier-free guidance works
 SAVE_EVERY = 100
+SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # SD1.x's
 # Three levels with attention in each, one residual block per level down and two up.
 LAYOUT = UNetLayout(
     in_channels=4,
@@ -37,7 +38,7 @@ def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(**LAYOUT.diffusers_config())
 
 
-def noise_loss(unet, context: torch.Tensor, clean: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+def noise_loss(unet, context: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     """Weighted squared error of the predicted noise.
 
     A flat colour is decided at high noise, where the plain error hardly sees it. So most timesteps are drawn from the
@@ -47,10 +48,9 @@ def noise_loss(unet, context: torch.Tensor, clean: torch.Tensor, alphas: torch.T
     count = clean.shape[0]
     timestep = torch.randint(0, 1000, (count,))
     timestep[: count // 4] = torch.randint(500, 1000, (count // 4,))
-    alpha = alphas[timestep].view(-1, 1, 1, 1)
     noise = torch.randn_like(clean)
-    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    predicted = unet(noisy, timestep, context).sample
+    predicted = unet(SCHEDULE.add_noise(clean, noise, timestep), timestep, context).sample
+    alpha = SCHEDULE.alphas_cumprod[timestep].view(-1, 1, 1, 1)
     return ((predicted - noise).pow(2) / alpha.clamp(min=0.05)).mean()
 
 
@@ -66,7 +66,6 @@ def train(path: Path, reader: CLIPTextModel, seed: int = 0, steps: int = STEPS) 
     first = progress.restore(path, {"unet": unet, "average": average}, optimizer)
     rng = np.random.default_rng([seed, first])
     torch.manual_seed(seed + first)
-    alphas = samplers.alphas_cumprod()
     began, losses = time.perf_counter(), []
     for step in range(first, steps):
         for group in optimizer.param_groups:
@@ -76,7 +75,7 @@ def train(path: Path, reader: CLIPTextModel, seed: int = 0, steps: int = STEPS) 
         captions = ["" if rng.random() < DROPPED else scene.caption for scene in scenes]
         with torch.no_grad():
             context = reader(text.tokenize(captions)).last_hidden_state
-        loss = noise_loss(unet, context, clean, alphas)
+        loss = noise_loss(unet, context, clean)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

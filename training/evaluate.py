@@ -18,10 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.measure import look
-from training.painter import CHECKPOINT, Painter
-from training.samplers import SAMPLERS
+from training.painter import CHECKPOINT, Miniature
 from training.shapes import Scene, random_scene
 
+SAMPLERS = ("euler", "dpmpp_2m")
 STEPS = (10, 20, 30)
 QUALITIES = ("shape", "colour", "background")
 
@@ -32,9 +32,9 @@ def held_out(count: int, seed: int = 2026) -> list[Scene]:
     return [random_scene(rng, held_out=True, pairs=0) for _ in range(count)]
 
 
-def shares(painter: Painter, scenes: list[Scene], steps: int, sampler: str, cfg: float = 5.0) -> dict[str, float]:
+def shares(miniature: Miniature, scenes: list[Scene], steps: int, sampler: str, cfg: float = 5.0) -> dict[str, float]:
     """The share of right shapes, colours and backgrounds among the scenes' painted captions."""
-    pictures = painter.paint([scene.caption for scene in scenes], steps, sampler, cfg)
+    pictures = miniature.pictures([scene.caption for scene in scenes], steps, sampler, cfg)
     wanted = [(scene.things[0].shape, scene.things[0].colour, scene.background) for scene in scenes]
     right = np.array([look(picture) for picture in pictures]) == np.array(wanted)
     return dict(zip(QUALITIES, right.mean(axis=0).round(4).tolist(), strict=True))
@@ -49,14 +49,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    painter, scenes = Painter(arguments.checkpoint), held_out(arguments.captions)
+    miniature, scenes = Miniature(arguments.checkpoint), held_out(arguments.captions)
     print(f"{len(scenes)} held-out captions, CFG {arguments.cfg:g}\n")
     print(f"{'sampler':<10}{'steps':>6}" + "".join(f"{quality:>12}" for quality in QUALITIES) + f"{'ms/picture':>12}")
     found = {}
     for sampler in SAMPLERS:
         for steps in STEPS:
             began = time.perf_counter()
-            found[sampler, steps] = shares(painter, scenes, steps, sampler, arguments.cfg)
+            found[sampler, steps] = shares(miniature, scenes, steps, sampler, arguments.cfg)
             spent = 1000 * (time.perf_counter() - began) / len(scenes)
             row = "".join(f"{found[sampler, steps][quality]:>12.1%}" for quality in QUALITIES)
             print(f"{sampler:<10}{steps:>6}{row}{spent:>12.0f}", flush=True)

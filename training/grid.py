@@ -5,6 +5,7 @@ python training/grid.py [--output docs/images]
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.painter import CHECKPOINT, LORAS, ROOT, Painter
+from training.painter import LORAS, ROOT, Miniature
 from training.shapes import SIZE
 
 CAPTIONS = (
@@ -31,7 +32,7 @@ CAPTIONS = (
     "a white ring and an orange cross on a black background",
 )
 STRENGTHS = (0.0, 0.5, 1.0)
-LABEL = 16  # pixels below each picture
+LABEL = 28  # pixels below each picture
 
 
 def sheet(pictures: np.ndarray, labels: list[str], columns: int) -> Image.Image:
@@ -42,8 +43,8 @@ def sheet(pictures: np.ndarray, labels: list[str], columns: int) -> Image.Image:
     for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         left, top = index % columns * width + 4, index // columns * height + 4
         image.paste(Image.fromarray((picture * 255).round().astype(np.uint8)), (left, top))
-        pen.text((left, top + SIZE + 2), label, fill="black", font_size=10)
-    return image
+        pen.text((left, top + SIZE + 2), textwrap.fill(label, 24), fill="black", font_size=10)
+    return image.quantize(256)
 
 
 def main() -> None:
@@ -53,17 +54,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    painter = Painter(CHECKPOINT)
+    miniature = Miniature()
 
     short = [caption.removesuffix(" background") for caption in CAPTIONS]
-    sheet(painter.paint(list(CAPTIONS), seed=arguments.seed), short, 4).save(arguments.output / "miniature.png")
+    sheet(miniature.pictures(list(CAPTIONS), seed=arguments.seed), short, 4).save(arguments.output / "miniature.png")
 
     rows, labels = [], []
     for path in sorted(LORAS.glob("*.safetensors")):
         for strength in STRENGTHS:
-            rows += list(painter.paint(list(CAPTIONS[:3]), seed=arguments.seed, lora={path.stem: strength}))
-            labels += [f"{path.stem} {strength:g}"] * 3
-    sheet(np.stack(rows), labels, 9).save(arguments.output / "miniature_loras.png")
+            rows += list(miniature.pictures(list(CAPTIONS[:2]), seed=arguments.seed, lora={path.stem: strength}))
+            labels += [f"{path.stem} {strength:g}"] * 2
+    sheet(np.stack(rows), labels, 6).save(arguments.output / "miniature_loras.png")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.sampling import LATENT_SCALE
 from training import autoencoder, diffusion, text
-from training.painter import CHECKPOINT, LATENT_SCALE, ROOT
+from training.painter import CHECKPOINT, ROOT
 
 
 def original_layout(vae, reader, unet) -> dict[str, torch.Tensor]:
@@ -26,7 +27,7 @@ def original_layout(vae, reader, unet) -> dict[str, torch.Tensor]:
         layer, _, parameter = rest.partition(".")
         # TAESD counts the decoder's first, weightless layer, which clamps.
         tensors[f"first_stage_model.taesd_{side}.{int(layer) + (side == 'decoder')}.{parameter}"] = tensor
-    tensors["first_stage_model.vae_scale"] = torch.tensor(LATENT_SCALE)
+    tensors["first_stage_model.vae_scale"] = torch.tensor(LATENT_SCALE["sd15"])
     tensors["first_stage_model.vae_shift"] = torch.tensor(0.0)
     for name, tensor in reader.state_dict().items():
         tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor

@@ -21,10 +21,11 @@ from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import shapes
+from scripts.sampling import Painter
+from training import shapes, text
 from training.autoencoder import latents
 from training.diffusion import DROPPED, noise_loss
-from training.painter import CHECKPOINT, LORAS, Painter
+from training.painter import CHECKPOINT, LORAS
 
 BATCH = 8
 
@@ -111,8 +112,8 @@ def train(recipe: Recipe, checkpoint: Path, seed: int = 0) -> dict[str, torch.Te
     """Trains one LoRA on a checkpoint; returns the tensors of its file, fp16."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, list(shapes.STYLES).index(recipe.style)])
-    painter = Painter(checkpoint)
-    unet = painter.unet.model
+    painter = Painter(checkpoint, torch.device("cpu"))
+    unet, reader = painter.unet.model, painter.encoders["clip_l"]
     changes = adapt(unet, recipe)
     parameters = [parameter for change in changes.values() for parameter in change.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=recipe.rate, betas=(0.9, 0.99))
@@ -124,8 +125,8 @@ def train(recipe: Recipe, checkpoint: Path, seed: int = 0) -> dict[str, torch.Te
         clean = latents(np.stack([shapes.draw(scene, recipe.style) for scene in scenes]))
         captions = ["" if rng.random() < DROPPED else scene.caption for scene in scenes]
         with torch.no_grad():
-            context = painter.encode(captions)
-        loss = noise_loss(unet, context, clean, painter.alphas_cumprod)
+            context, _ = reader.encode(text.tokenize(captions))
+        loss = noise_loss(unet, context, clean)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
