@@ -9,7 +9,7 @@ import torch
 from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import unet_targets
 from handlers.engine.lora_overlays import Overlays
-from protocol.messages import LoraUse
+from luna_protocol.messages import LoraUse
 from scripts.sampling import Painter
 from training.shapes import SIZE
 
