@@ -56,7 +56,7 @@ def main() -> int:
     for file in arguments.files:
         try:
             path = Path(file)
-            if not path.is_file():
+            if not path.is_file() and not path.is_absolute():
                 path = find(Roots.from_environment(ROOT).checkpoints, file, "checkpoint")
             archives += pack_checkpoint(
                 path, arguments.store, arguments.name, arguments.dtype, version=arguments.version
