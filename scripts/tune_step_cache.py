@@ -18,7 +18,7 @@ import torch
 
 from handlers.engine.roots import Roots, find
 from handlers.engine.step_presets import ANY, Presets, Setting
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 from scripts.cache_quality import Comparison, compare
 from scripts.sampling import SAMPLERS, Painter
 
@@ -55,8 +55,8 @@ def candidates() -> list[Setting]:
 
 
 def choose(found: list[list[Comparison]]) -> dict[str, Setting]:
-    """{preset: the fastest setting that keeps its floor and beats fewer steps in every list}; the lists compare the same
-    settings, under different samplers or numbers of steps."""
+    """{preset: the fastest setting that keeps its floor and beats fewer steps in all lists}. The lists compare the same
+    settings under different samplers or numbers of steps."""
     chosen: dict[str, Setting] = {}
     for preset, floor in FLOORS.items():
         worthy = [
