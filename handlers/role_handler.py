@@ -116,6 +116,11 @@ class RoleHandler:
         the reason is kept, and every request is answered with it."""
         self.failure: Exception | None = None
         self.state: WorkerState | None = None
+        # TorchServe's worker tells the root logger of every request, and each line goes through the JVM. Metrics go the
+        # same way, by loggers of their own.
+        logging.getLogger().setLevel(logging.WARNING)
+        for name in ("ts", "handlers"):
+            logging.getLogger(name).setLevel(logging.INFO)
         try:
             self._set_up(context)
             self.state.check_deaths()

@@ -182,10 +182,11 @@ class ClipText(Patched):
 
 class ClipOutput(Message):
     """Tensors: hidden [N, T, D] and pooled [N, P] float32 (for `ClipText`, T is 77 per section and encoders stand
-    side by side)."""
+    side by side). lora and unmerged: as in `UNetOutput`."""
 
     kind: Literal["clip_output"] = "clip_output"
     lora: list[LoraReport] = []
+    unmerged: bool = False
 
 
 class Tiling(Message):

@@ -46,6 +46,7 @@ _ENDINGS = {
         )
     },
     ".lora_mid.weight": "lora_mid",
+    **{f".{role}.weight": role for role in ("a1", "a2", "b1", "b2")},
     **{
         f".{role}": role
         for role in (
@@ -71,6 +72,7 @@ _KINDS = {
         ],
         {"lokr_t2", "dora_scale"},
     ),
+    "glora": ([{"a1", "a2", "b1", "b2"}], {"dora_scale"}),
     "oft": ([{"oft_blocks"}], {"rescale"}),
     "diff": ([{"diff"}], set()),
     "set": ([{"set_weight"}], set()),
@@ -249,7 +251,7 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
     roles = set(tensors)
     for kind, (complete, optional) in _KINDS.items():
         if any(required <= roles <= required | optional for required in complete):
-            return kind
+            return "boft" if kind == "oft" and tensors["oft_blocks"].ndim == 4 else kind
     raise Malformed(
         f"{', '.join(sorted(roles))} make no patch", "a tensor is missing, or two formats are mixed: docs/lora.md"
     )

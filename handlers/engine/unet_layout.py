@@ -124,6 +124,17 @@ class UNetLayout:
             )
         return names
 
+    def original_names(self, parameters: Mapping[str, object]) -> dict[str, str]:
+        """{diffusers key: LDM key} for every one of `parameters`: the way back, to write a file."""
+        blocks = {theirs: original for original, theirs in {**self.blocks(), **_ENDS}.items()}
+        resnet = {theirs: original for original, theirs in _RESNET_NAMES.items()}
+        names = {}
+        for name in parameters:
+            prefix = max((block for block in blocks if name.startswith(f"{block}.")), key=len)
+            module, _, parameter = name[len(prefix) + 1 :].rpartition(".")
+            names[name] = ".".join(filter(None, (blocks[prefix], resnet.get(module, module), parameter)))
+        return names
+
     def diffusers_config(self) -> dict:
         """Arguments for diffusers' `UNet2DConditionModel`.
 

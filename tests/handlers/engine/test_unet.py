@@ -107,6 +107,13 @@ def test_layout_is_read_from_shapes(tiny):
     assert (layout.context_dim, layout.adm_channels, layout.use_linear) == (shape.context, shape.y_features, True)
 
 
+@pytest.mark.parametrize("shape", FAMILIES)
+def test_names_lead_there_and_back(tiny, shape):
+    unet = load(tiny, shape)
+    back = {theirs: original for original, theirs in unet.names.items()}
+    assert unet.layout.original_names(unet.model.state_dict()) == back
+
+
 def test_a_missing_block_is_named(tiny):
     shapes = {key: (32, 32) for key in ("input_blocks.0.0.weight", "out.2.weight")}
     with pytest.raises(Malformed, match=r"middle of a level"):
