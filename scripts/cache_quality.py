@@ -14,8 +14,7 @@ from scripts.sampling import Painter
 class Comparison:
     """One setting, or none (`setting` None: fewer steps), against the uncached run.
 
-    steps: how many it took; speedup: the uncached run's computing time over its own, for fewer steps the ratio of
-    steps;
+    steps: how many it took; speedup: the uncached run's computing time over its own, for fewer steps the steps' ratio;
     skipped: share of UNet rows that were hits; psnr [N] in dB, ssim [N] per picture; pictures [N, 3, H, W] in 0..1;
     fewer: the uncached run of as many steps as cost the same, None where this is one.
     """

@@ -55,8 +55,8 @@ def candidates() -> list[Setting]:
 
 
 def choose(found: list[list[Comparison]]) -> dict[str, Setting]:
-    """{preset: the fastest setting that keeps its floor and beats fewer steps in every list}; the lists compare the
-    same settings, under different samplers or numbers of steps."""
+    """{preset: the fastest setting that keeps its floor and beats fewer steps in all lists}. The lists compare the same
+    settings under different samplers or numbers of steps."""
     chosen: dict[str, Setting] = {}
     for preset, floor in FLOORS.items():
         worthy = [
