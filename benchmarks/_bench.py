@@ -64,7 +64,7 @@ def pack_handler(home: Path, model: str, handler: Path, config: dict[str, Any]) 
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": manifest, "runtime": "python"}))
         archive.writestr("model-config.yaml", yaml.safe_dump(config))
         archive.write(handler, handler.name)
-        for package in ("protocol", "handlers"):
+        for package in ("luna_protocol", "handlers"):
             for file in (ROOT / package).rglob("*.py"):
                 archive.write(file, file.relative_to(ROOT).as_posix())
     return model

@@ -20,9 +20,9 @@ from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.image_writer import encode
 from handlers.engine.picture_records import PictureRecords
-from protocol.blob import pack
-from protocol.messages import UNetForward, VaeDecode
-from protocol.save_job import Heatmap, PictureGroup, QueueStatus, SaveJob
+from luna_protocol.blob import pack
+from luna_protocol.messages import UNetForward, VaeDecode
+from luna_protocol.save_job import Heatmap, PictureGroup, QueueStatus, SaveJob
 from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import ROOT
 from tests.checkpoints import write
@@ -194,7 +194,7 @@ def _wait(server: Server, jobs: list[str]) -> None:
 
 
 def _context_width(server: Server) -> int:
-    from protocol.messages import DescribeModel
+    from luna_protocol.messages import DescribeModel
 
     shapes = server.call("repository", DescribeModel(model="bench.unet"))[0]["shapes"]
     return next(

@@ -23,8 +23,8 @@ from benchmarks._bench import (
 from benchmarks.origin_way import Origin
 from comfy_client.server import Server
 from comfy_client.transport import Transport
-from protocol.blob import content_hash
-from protocol.messages import UNetForward
+from luna_protocol.blob import content_hash
+from luna_protocol.messages import UNetForward
 from serving.torchserve import TorchServe
 
 HERE = Path(__file__).resolve().parent

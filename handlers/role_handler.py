@@ -23,9 +23,9 @@ from handlers.metrics import HandlerMetrics
 from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
-from protocol.blob import Blob
-from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
-from protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
+from luna_protocol.blob import Blob
+from luna_protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
+from luna_protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse, refuse_block_patches
 from comfy_client.proxies.remote import Remote
 from comfy_client.proxies.step_cache import STEP_CACHE_KEY, StepCacheSettings
-from protocol.blob import content_hash
-from protocol.messages import StepCache, UNetForward
+from luna_protocol.blob import content_hash
+from luna_protocol.messages import StepCache, UNetForward
 
 log = logging.getLogger(__name__)
 
