@@ -20,8 +20,8 @@ import torch
 from benchmarks._bench import arguments, conclude, p99_ms, scratch_home, serving, show
 from benchmarks.overhead import MINIATURE, SD15
 from comfy_client.server import Server
-from protocol.blob import content_hash
-from protocol.messages import UNetForward
+from luna_protocol.blob import content_hash
+from luna_protocol.messages import UNetForward
 from serving.archives import pack_checkpoint
 from serving.torchserve import ROOT
 from tests import checkpoints

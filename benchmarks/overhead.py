@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks._bench import arguments, conclude, scratch_home, serving, show
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.unet import UNet
-from protocol.blob import content_hash
-from protocol.messages import UNetForward
+from luna_protocol.blob import content_hash
+from luna_protocol.messages import UNetForward
 from serving.archives import pack_checkpoint
 from tests import checkpoints
 

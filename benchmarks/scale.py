@@ -24,8 +24,8 @@ from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import unet_targets
 from handlers.engine.lora_overlays import Overlays
 from handlers.engine.unet import UNet
-from protocol.messages import LoraUse, StepCache, UNetForward
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.messages import LoraUse, StepCache, UNetForward
+from luna_protocol.save_job import PictureGroup, SaveJob
 from serving.archives import pack_checkpoint
 from tests import checkpoints
 

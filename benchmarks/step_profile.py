@@ -4,6 +4,7 @@ A miniature's step (cond and uncond, 128 px) by shared memory. Client and worker
 ways between them, through HTTP, the JVM and its worker's socket, are what lies between their marks.
 """
 
+import itertools
 import json
 import statistics
 import time
@@ -13,8 +14,8 @@ import torch
 from benchmarks._bench import arguments, conclude, pack_handler, scratch_home, serving, show
 from benchmarks.overhead import MINIATURE
 from benchmarks.transport import ALONE, COMMON, HERE
-from protocol.blob import content_hash
-from protocol.messages import UNetForward
+from luna_protocol.blob import content_hash
+from luna_protocol.messages import UNetForward
 from tests import checkpoints
 
 PARTS = {
@@ -43,7 +44,7 @@ def main() -> None:
         (start, sent, *worker, answered, done)
         for (start, sent, answered, done), worker in zip(ours, theirs, strict=True)
     ]
-    parts = [[after - before for before, after in zip(each, each[1:], strict=False)] for each in marks]
+    parts = [[after - before for before, after in itertools.pairwise(each)] for each in marks]
     milliseconds = {
         name: statistics.median(column) * 1e3 for name, column in zip(PARTS, zip(*parts, strict=True), strict=True)
     }
