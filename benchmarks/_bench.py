@@ -21,8 +21,10 @@ from comfy_client.server import Server
 from serving.torchserve import ROOT, Ports, TorchServe
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, svg: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
+    if svg:
+        parser.add_argument("--svg", type=Path, help="draw the result into this file")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller models: under a minute")
     # One thread each, so that what is compared shares the cores fairly. Children inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"
