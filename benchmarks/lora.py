@@ -164,11 +164,11 @@ def main() -> None:
     torch.manual_seed(0)
     with scratch_home() as home:
         miniature = Subject(MINIATURE, _folder(home / "miniature"), torch.float32, 16)
-        result = measure("The miniature", miniature, 30 if options.quick else 60)
+        result = measure("The miniature", miniature, 20 if options.quick else 40)
         if not options.quick:
             path = checkpoints.write(home / "sd15.safetensors", SD15, torch.bfloat16)
             full = Subject(path, _folder(home / "full"), torch.bfloat16, 32)
-            result = measure("SD1.5 at full width, 256 px", full, 10)
+            result = measure("SD1.5 at full width, 256 px", full, 8)
     conclude(result)
 
 

@@ -248,13 +248,17 @@ def test_a_thousand_requests_from_eight_clients_change_nothing(server, local, ho
     path = home / "models" / "checkpoints" / "tiny.safetensors"
     file_hash = blake2b(path.read_bytes()).hexdigest()
     answers = [expected(local, stack_of(*specs)) for specs in STACKS]
+    # The last one is of strength zero; two orders of a stack are close, yet they too round differently.
+    assert all((answers[0] - other).abs().max() > 1e-2 for other in answers[1:-1])
 
     def client(seed):
         draw = random.Random(seed)
         wrong = 0
         for _ in range(125):
             which = draw.randrange(len(STACKS))
-            wrong += not torch.equal(ask(server, stack_of(*STACKS[which]))[1]["out"], answers[which])
+            out = ask(server, stack_of(*STACKS[which]))[1]["out"]
+            # Requests that run as one batch differ from lone ones in the last bits; another stack is far away.
+            wrong += not torch.allclose(out, answers[which], rtol=0, atol=1e-5)
         return wrong
 
     with ThreadPoolExecutor(8) as clients:
