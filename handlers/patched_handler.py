@@ -9,8 +9,8 @@ from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import Targets
 from handlers.engine.lora_overlays import Match, Overlays
 from handlers.role_handler import Item, Reply, RoleHandler
-from protocol.errors import Malformed
-from protocol.messages import LoraReport, Patched
+from luna_protocol.errors import Malformed
+from luna_protocol.messages import LoraReport, Patched
 
 UPLOAD = "lora."
 MAX_NAMES = 256
@@ -89,7 +89,7 @@ class PatchedHandler(RoleHandler):
         replies: dict[int, Reply] = {}
         for stack in stacks:
             members = [index for index, item in enumerate(items) if item.stack == stack]
-            replies |= zip(members, self.run([items[index] for index in members]), strict=True)
+            replies |= zip(members, self._run([items[index] for index in members]), strict=True)
         return [replies[index] for index in range(len(items))]
 
     def _beside(self, items: list[Item], stacks: list) -> bool:

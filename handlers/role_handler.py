@@ -23,9 +23,9 @@ from handlers.metrics import HandlerMetrics
 from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
-from protocol.blob import Blob
-from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
-from protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
+from luna_protocol.blob import Blob
+from luna_protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
+from luna_protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,20 @@ class RoleHandler:
         """Content hashes, beside those of `references`, that the client has to send first."""
         return []
 
+    def warm_up(self) -> None:
+        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in
+        place."""
+
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
 
     def group_key(self, item: Item) -> Hashable:
         """Requests with equal keys run together; by default each alone."""
         return id(item)
+
+    def batch_size(self, item: Item) -> int:
+        """What this request adds to a group, of which at most `settings.batch_positions` run together."""
+        return 0
 
     def run(self, items: list[Item]) -> list[Reply]:
         """Replies to requests of one group, in their order."""
@@ -108,6 +116,11 @@ class RoleHandler:
         the reason is kept, and every request is answered with it."""
         self.failure: Exception | None = None
         self.state: WorkerState | None = None
+        # TorchServe's worker tells the root logger of every request, and each line goes through the JVM. Metrics go the
+        # same way, by loggers of their own.
+        logging.getLogger().setLevel(logging.WARNING)
+        for name in ("ts", "handlers"):
+            logging.getLogger(name).setLevel(logging.INFO)
         try:
             self._set_up(context)
             self.state.check_deaths()
@@ -116,6 +129,8 @@ class RoleHandler:
                 needed = weights_size(path, self.settings.role, self.dtype)
                 self.state.claim(needed, Budgets.from_environment())
             self.load()
+            with torch.inference_mode():
+                self.warm_up()
             self.state.loaded(self.weights_bytes())
         except Exception as error:
             log.exception("%s did not start", context.model_name)
@@ -190,10 +205,18 @@ class RoleHandler:
         return None
 
     def _groups(self, items: dict[int, Item]) -> list[list[int]]:
-        groups: dict[Hashable, list[int]] = {}
+        groups: list[list[int]] = []
+        growing: dict[Hashable, tuple[list[int], int]] = {}
         for index, item in items.items():
-            groups.setdefault(self.group_key(item), []).append(index)
-        return list(groups.values())
+            key, size = self.group_key(item), self.batch_size(item)
+            group, total = growing.get(key, ([], 0))
+            if group and total + size > self.settings.batch_positions:
+                group, total = [], 0
+            if not group:
+                groups.append(group)
+            group.append(index)
+            growing[key] = group, total + size
+        return groups
 
     def _run_group(self, indices: list[int], items: dict[int, Item], outcomes: list) -> None:
         begun = time.monotonic()

@@ -8,14 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from handlers.engine.checkpoints import DTYPES
 from handlers.engine.roots import Roots, find
-from protocol.errors import NotFound
+from luna_protocol.errors import NotFound
 
 
 class HandlerSettings(BaseModel):
     """Settings that every role has.
 
     home is where the folders of `Roots` lie unless the environment says otherwise; checkpoint is a path relative to
-    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`.
+    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`. Requests run
+    together up to batch_positions rows x height x width of latents; one that is larger runs alone.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -27,6 +28,7 @@ class HandlerSettings(BaseModel):
     checkpoint_roots: list[Path] = []
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     tensor_cache_mb: int = Field(default=512, ge=1)
+    batch_positions: int = Field(default=131072, ge=1)
 
     @property
     def roots(self) -> Roots:

@@ -1,5 +1,6 @@
 """Serves a UNet: `UNetForward` in, `UNetOutput` out."""
 
+import math
 from collections.abc import Hashable
 from itertools import islice
 
@@ -13,8 +14,8 @@ from handlers.engine.step_presets import Presets
 from handlers.engine.unet import Control, UNet
 from handlers.patched_handler import PatchedHandler
 from handlers.role_handler import Item, Reply
-from protocol.errors import Impossible, Malformed
-from protocol.messages import StepCacheReport, UNetForward, UNetOutput
+from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.messages import StepCacheReport, UNetForward, UNetOutput
 
 MAX_LATENT_POSITIONS = 1024 * 1024  # 8192 x 8192 pixels a row
 MAX_ROWS = 64
@@ -34,6 +35,13 @@ class UNetHandler(PatchedHandler):
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.unet.model.parameters())
 
+    def warm_up(self) -> None:
+        layout = self.unet.layout
+        x = torch.zeros(1, layout.in_channels, 8, 8, dtype=self.dtype, device=self.device)
+        context = x.new_zeros(1, 77, layout.context_dim)
+        y = None if layout.adm_channels is None else x.new_zeros(1, layout.adm_channels)
+        self.unet.forward(x, x.new_zeros(1, dtype=torch.float32), context, y)
+
     def check(self, item: Item[UNetForward]) -> None:
         x, timesteps, context = item.take("x", 4), item.take("timesteps", 1), item.take("context", 3)
         layout = self.unet.layout
@@ -46,7 +54,7 @@ class UNetHandler(PatchedHandler):
             raise Impossible(
                 f"context has shape {list(context.shape)}", f"this UNet takes [B, T, {layout.context_dim}]"
             )
-        if not bool(torch.isfinite(timesteps).all()):
+        if not all(map(math.isfinite, timesteps.tolist())):
             raise Impossible(f"timesteps are {timesteps.tolist()}", "every one must be a finite number")
         sent = {"timesteps": timesteps, "context": context}
         if layout.adm_channels is not None:
@@ -71,6 +79,10 @@ class UNetHandler(PatchedHandler):
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
+
+    def batch_size(self, item: Item[UNetForward]) -> int:
+        rows, _, height, width = item.tensors["x"].shape
+        return rows * height * width
 
     def run_patched(self, items: list[Item[UNetForward]]) -> list[Reply]:
         joined = {name: self._joined(items, name) for name in items[0].tensors}

@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_client import settings
 from comfy_client.panel import account
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 
 
 class LunaServerStatus:
@@ -27,7 +27,7 @@ class LunaServerStatus:
     def report(self):
         server = settings.server()
         try:
-            told, running = _text(account(server)), True
+            told, running = _text(account()), True
         except LunaError as error:
             told, running = f"{server.inference}: {error}", False
         return {"ui": {"text": [told]}, "result": (told, running)}

@@ -34,10 +34,10 @@ class Panel {
     this.tick();
   }
 
+  // Rendered before it is attached, so the first look comes before the first question whether anyone still sees it.
   async tick() {
-    if (!this.root.isConnected) return;
     await this.refresh();
-    setTimeout(() => this.tick(), REFRESH_MS);
+    setTimeout(() => this.root.isConnected && this.tick(), REFRESH_MS);
   }
 
   async refresh() {
@@ -109,7 +109,7 @@ const STYLE = `
 .luna-up { color: var(--p-green-500, #4a4); }
 .luna-down, .luna-message { color: var(--p-red-400, #e66); }
 .luna-model { border: 1px solid var(--border-color, #444); border-radius: 6px; padding: 0.5rem; margin-bottom: 0.4rem; }
-.luna-name { display: flex; gap: 0.4rem; align-items: center; }
+.luna-name { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
 .luna-name b { flex: 1; }
 .luna-name button { padding: 0 0.5rem; cursor: pointer; }
 .luna-muted { opacity: 0.6; }

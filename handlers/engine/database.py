@@ -3,6 +3,7 @@
 import sqlite3
 
 from sqlalchemy import Connection, Engine, MetaData, create_engine, event
+from sqlalchemy.exc import DBAPIError
 
 
 def open_database(url: str, schema: MetaData) -> Engine:
@@ -11,7 +12,11 @@ def open_database(url: str, schema: MetaData) -> Engine:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    schema.create_all(engine)
+    try:
+        schema.create_all(engine)
+    except DBAPIError:
+        # Another process may be making them just now.
+        schema.create_all(engine)
     return engine
 
 
@@ -41,6 +46,6 @@ def tidy(engine: Engine) -> None:
     """Gives the disk the space back that finished jobs have left in SQLite's files; PostgreSQL does so by itself."""
     if engine.dialect.name == "sqlite":
         with engine.execution_options(reading=True).connect() as db:
-            db.exec_driver_sql("COMMIT")
-            db.exec_driver_sql("PRAGMA incremental_vacuum")
-            db.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+            # As a script: executed otherwise, sqlite3 ends it after one page. It commits what SQLAlchemy has begun.
+            script = "PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(PASSIVE);"
+            db.connection.driver_connection.executescript(script)

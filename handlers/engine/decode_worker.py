@@ -27,9 +27,10 @@ from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.job_owner import Owner
 from handlers.engine.job_store import Claim, LostClaim
 from handlers.engine.job_work import Decoded, JobWork, Observe
+from handlers.engine.picture_metadata import plain
 from handlers.engine.picture_records import PictureRecords
 from handlers.engine.watcher import Watcher
-from protocol.errors import Impossible, LunaError, Malformed, TooLarge
+from luna_protocol.errors import Impossible, LunaError, Malformed, TooLarge
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +64,14 @@ class DecodeWorker:
     ):
         self._queue, self._store = queue, queue.store
         self._model = model
-        self._observe = observe
+        self._observe = _harmless(observe)
         self._owner = Owner(queue.owners)
         self._mine: set[int] = set()
         self._stopping = threading.Event()
-        # One job more than writers: the one that is being decoded.
-        self._room = threading.Semaphore(writers + 1)
+        self._free_writers = threading.Semaphore(writers)
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="write")
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="encode")
-        self._work = JobWork(queue.store, queue.output, decode, self._encoders, records, watcher, observe)
+        self._work = JobWork(queue.store, queue.output, decode, self._encoders, records, watcher, self._observe)
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._tended = self._purged = -_PURGE
         self._untidy = False
@@ -91,24 +91,17 @@ class DecodeWorker:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._room.acquire()
             try:
                 self._tend()
                 claim = self._store.claim(self._owner.id, self._model)
+                self._rest() if claim is None else self._begin(claim)
             except Exception:
-                self._room.release()
-                log.exception("the queue's database does not answer; trying again")
+                log.exception("the decode queue stumbled, and goes on")
                 self._stopping.wait(_TEND)
-                continue
-            if claim is None:
-                self._room.release()
-                self._rest()
-            else:
-                self._mine.add(claim.number)
-                self._begin(claim)
 
     def _begin(self, claim: Claim) -> None:
         """Decodes, and leaves the rest to a writer."""
+        self._mine.add(claim.number)
         decoded = None
         try:
             if not claim.staged:
@@ -116,8 +109,8 @@ class DecodeWorker:
                 decoded = self._work.decode(claim)
         except Exception as error:
             self._fail(claim, error)
-            self._let_go(claim)
         else:
+            self._free_writers.acquire()
             self._writers.submit(self._end, claim, decoded)
 
     def _end(self, claim: Claim, decoded: Decoded | None) -> None:
@@ -129,27 +122,29 @@ class DecodeWorker:
                 self._work.put_in_place(claim, decoded.job, seconds)
         except Exception as error:
             self._fail(claim, error)
+        else:
+            self._mine.discard(claim.number)
         finally:
-            self._let_go(claim)
-
-    def _let_go(self, claim: Claim) -> None:
-        self._mine.discard(claim.number)
-        self._untidy = True
-        self._room.release()
-        self._queue.submitted.set()
+            self._untidy = True
+            self._free_writers.release()
 
     def _fail(self, claim: Claim, error: Exception) -> None:
+        try:
+            self._tell_failure(claim, error)
+        except Exception:
+            # `_tend` finds it: a job that is this worker's and that it does not work on.
+            log.exception("the failure of job %s could not be written down", claim.job_id)
+        finally:
+            self._mine.discard(claim.number)
+
+    def _tell_failure(self, claim: Claim, error: Exception) -> None:
         if isinstance(error, LostClaim):
             log.info("job %s was cancelled or taken over", claim.job_id)
             return
         log.warning("job %s failed", claim.job_id, exc_info=error)
         reason = str(error) if isinstance(error, LunaError) else f"{type(error).__name__}: {error}"
         forever = isinstance(error, Malformed | Impossible | TooLarge)
-        try:
-            self._store.fail(claim, reason, forever=forever, counts=not _is_of_the_machine(error))
-        except (LostClaim, DBAPIError):
-            # `_tend` finds it: a job that is this worker's and that it does not work on.
-            log.exception("the failure of job %s could not be written down", claim.job_id)
+        self._store.fail(claim, plain(reason), forever=forever, counts=not _is_of_the_machine(error))
 
     def _tend(self) -> None:
         """Takes jobs over whose workers are gone, and forgets old ones."""
@@ -157,18 +152,19 @@ class DecodeWorker:
         if now < self._tended + _TEND:
             return
         self._tended = now
-        mine = set(self._mine)
-        held = self._store.owned()
+        # Before the jobs are read: whoever is dead by now claims no more of them.
+        mine, dead = set(self._mine), self._owner.dead()
+        held = self._store.held()
         for row in held:
             if row.owner == self._owner.id:
                 gone = row.number not in mine
             else:
-                gone = self._owner.is_dead(row.owner) or row.lease_until < time.time()
+                gone = row.owner in dead or row.lease_until < time.time()
             if gone:
                 if not row.staged:
                     self._work.remove_parts(row.number, row.job_id, row.claim)
                 self._store.take_from_dead(row)
-        self._owner.forget_dead({row.owner for row in held})
+        self._owner.forget(dead - {row.owner for row in held})
         if now > self._purged + _PURGE:
             self._purged = now
             self._store.purge(("done", "cancelled"), self._store.limits.keep)
@@ -179,6 +175,18 @@ class DecodeWorker:
             tidy(self._queue.engine)
         self._queue.submitted.wait(_POLL)
         self._queue.submitted.clear()
+
+
+def _harmless(observe: Observe) -> Observe:
+    """`observe`, whose own faults must not cost a picture."""
+
+    def observed(name: str, seconds: float) -> None:
+        try:
+            observe(name, seconds)
+        except Exception:
+            log.exception("%s of %.3f s was not observed", name, seconds)
+
+    return observed
 
 
 def _is_of_the_machine(error: Exception) -> bool:

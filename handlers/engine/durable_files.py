@@ -24,17 +24,17 @@ def write_part(part: Path, content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def put_in_place(part: Path, final: Path) -> None:
-    """Gives the complete file `part` its final name; may be repeated after a crash at any point.
+def put_in_place(part: Path, final: Path, sha256: str) -> None:
+    """Gives the complete file `part`, of that hash, its final name; may be repeated after a crash at any point.
 
     Raises:
         FileExistsError: `final` is another file; it is not touched.
         FileNotFoundError: neither is there.
     """
     if not part.exists():
-        if final.exists():
+        if holds(final, sha256):
             return
-        raise FileNotFoundError(f"neither {part} nor {final} is there")
+        raise FileNotFoundError(f"neither {part} nor {final} holds what was written")
     try:
         os.link(part, final)
     except FileExistsError:
@@ -48,6 +48,11 @@ def put_in_place(part: Path, final: Path) -> None:
         part.rename(final)
     sync_folder(final.parent)
     part.unlink(missing_ok=True)
+
+
+def holds(path: Path, sha256: str) -> bool:
+    """Whether there is a file of that hash."""
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def make_folder(folder: Path) -> None:

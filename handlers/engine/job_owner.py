@@ -21,16 +21,15 @@ class Owner:
         self._lock = _lock(folder / f"{self.id}.lock")
         self._lock.acquire()
 
-    def is_dead(self, owner: str) -> bool:
-        """True when `owner` has died on this machine; one of another machine is not seen, its lease has to expire."""
-        path = self._folder / f"{owner}.lock"
-        return owner != self.id and path.exists() and not _is_held(path)
+    def dead(self) -> set[str]:
+        """Owners that have died on this machine. Of another machine's nothing is seen: their leases have to end."""
+        others = [path for path in self._folder.glob("*.lock") if path.stem != self.id]
+        return {path.stem for path in others if not _is_held(path)}
 
-    def forget_dead(self, needed: Set[str]) -> None:
-        """Removes the lock files of dead owners, but for those `needed` to tell whose jobs are free."""
-        for path in self._folder.glob("*.lock"):
-            if path.stem not in needed and self.is_dead(path.stem):
-                _remove(path)
+    def forget(self, owners: Set[str]) -> None:
+        """Removes the lock files of dead owners that hold nothing any more."""
+        for owner in owners:
+            _remove(self._folder / f"{owner}.lock")
 
     def release(self) -> None:
         self._lock.release()

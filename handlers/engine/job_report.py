@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, Engine, Row, and_, func, or_, select
 
 from handlers.engine.job_tables import FILES, JOBS
-from protocol.save_job import JobStatus, QueueReport, QueueStatus, SaveAccepted, SavedFile
+from luna_protocol.save_job import JobStatus, QueueReport, QueueStatus, SaveAccepted, SavedFile
 
 HOLDS_PAYLOAD = JOBS.c.state.in_(("queued", "running", "dead"))
 _WINDOW = 600.0
@@ -45,7 +45,7 @@ def report(engine: Engine, asked: QueueStatus, workers: int) -> QueueReport:
             bytes=db.scalar(select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(HOLDS_PAYLOAD)),
             throughput=done * 60 / _WINDOW,
             estimated_wait=None if each is None else waiting * each / max(1, workers),
-            jobs=[_status(db, row, asked.thumbnails) for row in db.execute(query).all()],
+            jobs=_statuses(db, db.execute(query).all(), asked.thumbnails),
         )
 
 
@@ -62,10 +62,14 @@ def _position(db: Connection, row: Row) -> int | None:
     return db.scalar(select(func.count()).where(JOBS.c.state == "queued", JOBS.c.model == row.model, ahead))
 
 
-def _status(db: Connection, row: Row, thumbnails: bool) -> JobStatus:
-    files: Sequence[Row] = db.execute(
-        select(FILES).where(FILES.c.number == row.number).order_by(FILES.c.position)
-    ).all()
+def _statuses(db: Connection, rows: Sequence[Row], thumbnails: bool) -> list[JobStatus]:
+    files: dict[int, list[SavedFile]] = {row.number: [] for row in rows}
+    for file in db.execute(select(FILES).where(FILES.c.number.in_(files)).order_by(FILES.c.position)):
+        files[file.number].append(_file(file, thumbnails))
+    return [_status(db, row, files[row.number]) for row in rows]
+
+
+def _status(db: Connection, row: Row, files: list[SavedFile]) -> JobStatus:
     waits = row.state == "queued" and row.not_before > time.time()
     return JobStatus(
         job_id=row.job_id,
@@ -78,7 +82,7 @@ def _status(db: Connection, row: Row, thumbnails: bool) -> JobStatus:
         retry_in=row.not_before - time.time() if waits else None,
         submitted=row.submitted,
         finished=row.finished,
-        files=[_file(file, thumbnails) for file in files],
+        files=files,
     )
 
 

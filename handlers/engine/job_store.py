@@ -35,8 +35,8 @@ from sqlalchemy.exc import IntegrityError
 from handlers.engine.filenames import name_key, numbered
 from handlers.engine.job_report import HOLDS_PAYLOAD, accepted, seconds_per_job
 from handlers.engine.job_tables import FILES, JOBS, PAYLOADS, TURNS
-from protocol.errors import Malformed, NotFound, TooLarge, Unavailable
-from protocol.save_job import SaveAccepted
+from luna_protocol.errors import Malformed, NotFound, TooLarge, Unavailable
+from luna_protocol.save_job import SaveAccepted
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ _WAITS = JOBS.c.state.in_(("queued", "running"))
 _BEFORE = select(
     select(JOBS.c.digest).where(JOBS.c.job_id == bindparam("id")).scalar_subquery(),
     select(func.count()).where(_WAITS).scalar_subquery(),
-    select(func.count()).where(JOBS.c.state == "queued", JOBS.c.priority >= bindparam("priority")).scalar_subquery(),
+    select(func.count())
+    .where(JOBS.c.state == "queued", JOBS.c.model == bindparam("model"), JOBS.c.priority >= bindparam("priority"))
+    .scalar_subquery(),
     select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(HOLDS_PAYLOAD).scalar_subquery(),
 )
 _ADD_JOB, _ADD_PAYLOAD, _ADD_FILE = insert(JOBS), insert(PAYLOADS), insert(FILES)
@@ -231,14 +233,9 @@ class JobStore:
                     )
                     if taken.rowcount:
                         self._take_turn(db, row.client)
+                        numbers = {"number": row.number, "claim": row.claim + 1, "attempts": row.attempts + 1}
                         return Claim(
-                            row.number,
-                            row.job_id,
-                            owner,
-                            row.claim + 1,
-                            row.attempts + 1,
-                            row.staged,
-                            row.submitted,
+                            **numbers, job_id=row.job_id, owner=owner, staged=row.staged, submitted=row.submitted
                         )
         except IntegrityError:
             # Another worker wrote the same new client's first turn; nothing was taken.
@@ -305,7 +302,8 @@ class JobStore:
 
     def fail(self, claim: Claim, reason: str, *, forever: bool = False, counts: bool = True) -> None:
         """Puts the job back for a later try, or among the dead when it fails `forever` or was tried often enough; a
-        staged job never dies. A failure that does not count (disk full) leaves the number of attempts as it was."""
+        staged job never dies. A failure that does not count (disk full) leaves the number of attempts as it was, and
+        the next one waits ten times `Limits.backoff`."""
         with self._held(claim) as db:
             staged = db.scalar(select(JOBS.c.staged).where(JOBS.c.number == claim.number))
             dead = not staged and (forever or (counts and claim.attempts >= self.limits.attempts))
@@ -316,17 +314,17 @@ class JobStore:
                 owner=None,
                 reason=reason,
                 attempts=claim.attempts if counts else claim.attempts - 1,
-                not_before=time.time() + self._backoff(claim.attempts),
+                not_before=time.time() + (self._backoff(claim.attempts) if counts else 10 * self.limits.backoff),
                 finished=time.time() if dead else None,
             )
 
-    def owned(self) -> list[Row]:
-        """Jobs that some worker holds, or held when they were cancelled."""
+    def held(self) -> list[Row]:
+        """Jobs that some worker has, or had when they were cancelled."""
         with self._reading.connect() as db:
             return db.execute(select(JOBS).where(JOBS.c.owner.is_not(None))).all()
 
     def take_from_dead(self, row: Row) -> bool:
-        """Frees a job of `owned` whose worker is gone; False when that has been done meanwhile."""
+        """Frees a job of `held` whose worker is gone; False when that has been done meanwhile."""
         spent = not row.staged and row.attempts >= self.limits.attempts
         reason = f"its worker died, {row.attempts} times in all"
         values: dict = {"owner": None}
@@ -397,7 +395,7 @@ class JobStore:
     @contextmanager
     def _held(self, claim: Claim) -> Iterator[Connection]:
         """A transaction during which nobody else can take the job."""
-        held = and_(
+        still = and_(
             JOBS.c.number == claim.number,
             JOBS.c.owner == claim.owner,
             JOBS.c.claim == claim.claim,
@@ -405,7 +403,7 @@ class JobStore:
         )
         with self._engine.begin() as db:
             lease = time.time() + self.limits.lease
-            if not db.execute(update(JOBS).where(held).values(lease_until=lease)).rowcount:
+            if not db.execute(update(JOBS).where(still).values(lease_until=lease)).rowcount:
                 raise LostClaim(claim.job_id)
             yield db
 

@@ -1,6 +1,5 @@
 """What is done with one job that a worker has claimed: decode, encode and write, put in place."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -11,19 +10,20 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import safetensors.torch
+import torch
 from sqlalchemy import Row
 from torch import Tensor
 
-from handlers.engine.durable_files import put_in_place, write_part
+from handlers.engine.durable_files import holds, put_in_place, write_part
 from handlers.engine.filenames import DISCARDED, inside
 from handlers.engine.image_writer import encode, thumbnail
 from handlers.engine.job_store import Claim, JobStore, StagedFile
 from handlers.engine.picture_records import PictureRecords
 from handlers.engine.quality_gate import quality
 from handlers.engine.watcher import Watcher
-from protocol.blob import unpack
-from protocol.errors import Impossible
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.blob import unpack
+from luna_protocol.errors import Impossible
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 Observe = Callable[[str, float], None]
 
@@ -78,6 +78,8 @@ class JobWork:
                 raise Impossible(
                     f"the VAE made NaN of {group.tensor}", "fp16 overflows in some VAEs: serve this one as bf16 or fp32"
                 )
+            if len(images) != len(tensor):
+                raise Impossible(f"the VAE made {len(images)} pictures of {group.tensor}", f"{len(tensor)} were due")
             pictures += [(group, row, image) for row, image in enumerate(images)]
         seconds = time.monotonic() - begun
         self._observe("decode", seconds)
@@ -177,7 +179,7 @@ class JobWork:
         part, path = inside(self._output, PurePosixPath(file.part)), PurePosixPath(file.path)
         while True:
             try:
-                return put_in_place(part, inside(self._output, path))
+                return put_in_place(part, inside(self._output, path), file.sha256)
             except FileExistsError:
                 path = self._store.rename(claim, file.position)
 
@@ -186,7 +188,7 @@ class JobWork:
         for file in files:
             inside(self._output, PurePosixPath(file.part)).unlink(missing_ok=True)
             final = inside(self._output, PurePosixPath(file.path))
-            if final.is_file() and hashlib.sha256(final.read_bytes()).hexdigest() == file.sha256:
+            if holds(final, file.sha256):
                 final.unlink()
 
     def _record(self, claim: Claim, job: SaveJob) -> None:
@@ -206,4 +208,4 @@ class JobWork:
 
 def _on_cpu(images: Tensor) -> np.ndarray:
     images = images.detach()
-    return (images if images.dtype.itemsize == 1 else images.float()).cpu().numpy()
+    return (images if images.dtype == torch.uint8 else images.float()).cpu().numpy()

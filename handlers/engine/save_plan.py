@@ -10,12 +10,13 @@ from handlers.engine.filenames import model_variables, picture_name, render
 from handlers.engine.image_writer import EXTENSIONS, MAX_SIDE
 from handlers.engine.job_store import NewFile
 from handlers.engine.picture_metadata import generation_texts, jpeg_exif, model_texts, workflow_texts
-from protocol.errors import Impossible, Malformed, TooLarge
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.errors import Impossible, Malformed, TooLarge
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 MAX_ROWS = 64
 MAX_PIXELS = 16 * 4096 * 4096  # of a whole job, which is decoded in memory
 HEATMAPS = "_heatmaps"
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def plan(job: SaveJob, tensors: Mapping[str, Tensor], latent_channels: int, latent_scale: int) -> list[NewFile]:
@@ -50,6 +51,13 @@ def plan(job: SaveJob, tensors: Mapping[str, Tensor], latent_channels: int, late
     pixels = sum(file.width * file.height for file in files)
     if pixels > MAX_PIXELS:
         raise TooLarge(f"the job has {pixels} pixels", f"send at most {MAX_PIXELS} in one job")
+    for heatmap in job.heatmaps:
+        tensor = tensors[heatmap.tensor]
+        if tensor.ndim not in (2, 3) or tensor.dtype not in _FLOATING:
+            raise Malformed(
+                f"the heatmap {heatmap.tensor} is {tensor.dtype} {list(tensor.shape)}",
+                "send floating [h, w] or [B, h, w]",
+            )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise Impossible(f"{name} holds NaN or infinity", "look for the node that made it")
@@ -89,13 +97,13 @@ def _size(group: PictureGroup, tensor: Tensor, latent_channels: int, latent_scal
     """Rows, width, height and channels of the pictures."""
     shape = tuple(tensor.shape)
     if group.source == "latent":
-        if len(shape) != 4 or shape[1] != latent_channels or not tensor.is_floating_point():
+        if len(shape) != 4 or shape[1] != latent_channels or tensor.dtype not in _FLOATING:
             raise Malformed(
                 f"the latent {group.tensor} is {tensor.dtype} {list(shape)}",
                 f"send floating [B, {latent_channels}, h, w]",
             )
         return shape[0], shape[3] * latent_scale, shape[2] * latent_scale, 3
-    if len(shape) != 4 or shape[3] not in (3, 4) or not (tensor.is_floating_point() or tensor.dtype == torch.uint8):
+    if len(shape) != 4 or shape[3] not in (3, 4) or tensor.dtype not in (*_FLOATING, torch.uint8):
         raise Malformed(
             f"the image {group.tensor} is {tensor.dtype} {list(shape)}", "send floating 0..1 or uint8 [B, H, W, 3 or 4]"
         )

@@ -7,8 +7,6 @@ from tests.comfyui.comfyui import Graph, Output
 
 def remote(g: Graph, checkpoint: str) -> tuple[Output, Output, Output]:
     same = dict.fromkeys(("unet", "clip", "vae"), "from checkpoint")
-    if checkpoint == "sd15_inpaint.safetensors":
-        same["vae"] = "sd15.safetensors"  # the same VAE; its own is not loaded
     router = g("LunaModelRouter", checkpoint=checkpoint, daemon_mode="force_daemon", **same)
     return router[0], router[1], router[2]
 

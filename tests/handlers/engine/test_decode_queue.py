@@ -13,8 +13,8 @@ from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.job_store import Limits
 from handlers.engine.picture_records import PictureRecords
-from protocol.errors import Impossible, Malformed, TooLarge, Unavailable
-from protocol.save_job import CancelJobs, Heatmap, PictureGroup, PurgeJobs, QueueStatus, RetryJobs
+from luna_protocol.errors import Impossible, Malformed, TooLarge, Unavailable
+from luna_protocol.save_job import CancelJobs, Heatmap, PictureGroup, PurgeJobs, QueueStatus, RetryJobs
 from tests.handlers.engine.save_jobs import a_job, check_complete, decode, files_under, latents, wait_for
 
 
@@ -260,6 +260,19 @@ def test_the_worker_survives_a_decoder_of_wrong_shape(make_queue):
     wait_for(queue, good)
 
 
+def test_the_worker_survives_a_decoder_of_wrong_count_and_a_broken_observer(make_queue, output):
+    wrong = [True]
+
+    def broken(name, seconds):
+        raise RuntimeError(name)
+
+    queue, _ = make_queue(lambda latent: decode(latent)[: 1 if wrong and wrong.pop() else None], observe=broken)
+    queue.submit(bad := a_job(), latents(bad, rows=3))
+    assert "1 pictures" in wait_for(queue, bad, "dead").reason and files_under(output) == set()
+    queue.submit(good := a_job(), latents(good))
+    check_complete(output, wait_for(queue, good))
+
+
 def test_cancelled_jobs_leave_nothing(make_queue, output):
     gate = Gate()
     queue, _ = make_queue(gate)
@@ -306,6 +319,8 @@ def test_rejected_pictures_go_to_their_folder(make_queue, output):
         ({"filename": ""}, {}, Malformed, "no name"),
         ({}, {"latent0": torch.zeros(1, 3, 4, 4)}, Malformed, r"\[B, 4, h, w\]"),
         ({}, {"latent0": torch.zeros(1, 4, 4, 4, dtype=torch.int8)}, Malformed, "int8"),
+        ({}, {"latent0": torch.zeros(1, 4, 4, 4, dtype=torch.float8_e4m3fn)}, Malformed, "float8"),
+        ({}, {"latent0": torch.zeros(64, 4, 300, 300)}, TooLarge, "pixels"),
         ({}, {"latent0": torch.full((1, 4, 4, 4), float("nan"))}, Impossible, "NaN"),
         ({}, {"latent0": torch.zeros(65, 4, 1, 1)}, Impossible, "65 pictures"),
         ({}, {"latent0": torch.zeros(1, 4, 1, 9000)}, Impossible, "72000 x 8"),
@@ -358,6 +373,50 @@ def test_a_job_whose_lease_ended_is_taken_over_and_done_once(make_queue, output)
     assert len(gate.order) == 2, "the slow worker went on to the end of its decode"
     check_complete(output, wait_for(healthy, job))
     assert files_under(output) == {file.path for file in status.files}
+
+
+def test_the_spool_gives_its_space_back(make_queue, tmp_path):
+    queue, _ = make_queue()
+    for _ in range(6):
+        queue.submit(job := a_job(), latents(job, size=256))
+    assert (tmp_path / "spool" / "jobs.sqlite3-wal").stat().st_size > 6 << 20
+    wait_for(queue, job, seconds=60)
+    until = time.monotonic() + 10
+    while (tmp_path / "spool" / "jobs.sqlite3").stat().st_size > 2 << 20:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_the_worker_goes_on_when_its_database_fails_for_a_while(make_queue, output, monkeypatch):
+    queue, _ = make_queue()
+    failing, claim = [1, 2], queue.store.claim
+
+    def flaky(*arguments):
+        if failing:
+            failing.pop()
+            raise RuntimeError("no database")
+        return claim(*arguments)
+
+    monkeypatch.setattr(queue.store, "claim", flaky)
+    queue.submit(job := a_job(), latents(job))
+    check_complete(output, wait_for(queue, job))
+    assert not failing
+
+
+def test_a_failure_that_cannot_be_written_down_is_found_again(make_queue, output, monkeypatch):
+    queue, _ = make_queue(lambda latent: decode(latent) if worked else worked.append(1) or 1 / 0)
+    worked, failing, fail = [], [1], queue.store.fail
+
+    def flaky(*arguments, **options):
+        if failing:
+            failing.pop()
+            raise RuntimeError("no database")
+        return fail(*arguments, **options)
+
+    monkeypatch.setattr(queue.store, "fail", flaky)
+    queue.submit(job := a_job(), latents(job))
+    check_complete(output, wait_for(queue, job))
+    assert not failing
 
 
 def test_figures_and_status(make_queue):

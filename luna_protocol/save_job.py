@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
-from protocol.messages import Message, Name, Request
+from luna_protocol.messages import Message, Name, Request
 
 # Lower case only: ids that differ in case alone must not meet in one file name on Windows or macOS.
 JobId = Annotated[str, StringConstraints(pattern=r"^[0-9a-z][0-9a-z_-]{7,63}$")]
-Client = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+Client = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,64}$")]
 Template = Annotated[str, StringConstraints(max_length=512)]
 PictureFormat = Literal["png", "png16", "webp", "jpeg"]
 JobState = Literal["queued", "running", "done", "dead", "cancelled"]
@@ -88,7 +88,7 @@ class SaveJob(Request):
     metadata: dict[Name, JsonValue] = Field(default={}, max_length=256)
     prompt: JsonValue = None
     extra_pnginfo: dict[Keyword, JsonValue] = Field(default={}, max_length=64)
-    created: float = Field(ge=0, le=253402300799, allow_inf_nan=False)
+    created: float = Field(ge=0, le=32_000_000_000, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_tensor_each(self) -> "SaveJob":
