@@ -103,7 +103,12 @@ class ComfyUI:
         command += ["--disable-api-nodes", "--fp32-text-enc"]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=source, env=self._environment, stdout=log, stderr=subprocess.STDOUT
+                command,
+                cwd=source,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
