@@ -21,8 +21,10 @@ from comfy_client.server import Server
 from serving.torchserve import ROOT, Ports, TorchServe
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, svg: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
+    if svg:
+        parser.add_argument("--svg", type=Path, help="draw the result into this file")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller models: under a minute")
     # One thread each, so that what is compared shares the cores fairly. Children inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -62,7 +64,7 @@ def pack_handler(home: Path, model: str, handler: Path, config: dict[str, Any]) 
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": manifest, "runtime": "python"}))
         archive.writestr("model-config.yaml", yaml.safe_dump(config))
         archive.write(handler, handler.name)
-        for package in ("protocol", "handlers"):
+        for package in ("luna_protocol", "handlers"):
             for file in (ROOT / package).rglob("*.py"):
                 archive.write(file, file.relative_to(ROOT).as_posix())
     return model

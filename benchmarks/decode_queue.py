@@ -21,9 +21,9 @@ from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.image_writer import encode
 from handlers.engine.picture_records import PictureRecords
-from protocol.blob import pack
-from protocol.messages import DescribeModel, UNetForward, VaeDecode
-from protocol.save_job import Heatmap, PictureGroup, QueueStatus, SaveJob
+from luna_protocol.blob import pack
+from luna_protocol.messages import DescribeModel, UNetForward, VaeDecode
+from luna_protocol.save_job import Heatmap, PictureGroup, QueueStatus, SaveJob
 from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import ROOT
 from tests.checkpoints import write

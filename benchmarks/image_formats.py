@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks._bench import arguments, conclude, in_turns, median_ms, show
 from handlers.engine.image_writer import encode
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 
 def photo(size: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import unet_targets
 from handlers.engine.lora_overlays import Overlays, Stack
 from handlers.engine.unet import UNet
-from protocol.messages import LoraUse
+from luna_protocol.messages import LoraUse
 from tests import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comfy_client.server import Server
-from protocol.messages import LoraUse, StepCache, UNetForward
+from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import Ports, TorchServe
 from tests.checkpoints import write, write_lora

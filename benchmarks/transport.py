@@ -23,13 +23,14 @@ from benchmarks._bench import (
 from benchmarks.origin_way import Origin
 from comfy_client.server import Server
 from comfy_client.transport import Transport
-from protocol.blob import content_hash
-from protocol.messages import UNetForward
+from luna_protocol.blob import content_hash
+from luna_protocol.messages import UNetForward
 from serving.torchserve import TorchServe
 
 HERE = Path(__file__).resolve().parent
 BATCH = {"batchSize": 4, "maxBatchDelay": 1}  # as archive_specs/unet.yaml
 ALONE = {"batchSize": 1, "maxBatchDelay": 1}
+COMMON = {"minWorkers": 1, "maxWorkers": 1, "responseTimeout": 120, "startupTimeout": 120, "deviceType": "cpu"}
 ECHO_BYTES = 1024
 
 
@@ -54,13 +55,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with ExitStack() as stack:
         home = stack.enter_context(scratch_home())
-        common = {"minWorkers": 1, "maxWorkers": 1, "responseTimeout": 120, "startupTimeout": 120, "deviceType": "cpu"}
-        ours = common | {"handler": {"role": "unet", "home": str(home), "dtype": "fp16"}}
+        ours = COMMON | {"handler": {"role": "unet", "home": str(home), "dtype": "fp16"}}
         models = [
             pack_handler(home, "batched.unet", HERE / "instant_unet.py", ours | BATCH),
             pack_handler(home, "alone.unet", HERE / "instant_unet.py", ours | ALONE),
-            pack_handler(home, "batched.echo", HERE / "echo_handler.py", common | BATCH),
-            pack_handler(home, "alone.echo", HERE / "echo_handler.py", common | ALONE),
+            pack_handler(home, "batched.echo", HERE / "echo_handler.py", COMMON | BATCH),
+            pack_handler(home, "alone.echo", HERE / "echo_handler.py", COMMON | ALONE),
         ]
         torchserve, shared = stack.enter_context(serving(home, models))
         bodies = connect(torchserve)

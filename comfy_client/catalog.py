@@ -4,8 +4,8 @@ import re
 import time
 
 from comfy_client.server import Server
-from protocol.errors import LunaError, NotFound
-from protocol.messages import Index, ServedModel
+from luna_protocol.errors import LunaError, NotFound
+from luna_protocol.messages import Index, ServedModel
 
 _FRESH_SECONDS = 2.0
 _REPLICA = re.compile(r"\.\d+$")

@@ -5,7 +5,7 @@ from typing import Any
 import folder_paths
 import nodes
 
-from protocol.errors import NotFound
+from luna_protocol.errors import NotFound
 
 _PLACE = {"unet": 0, "clip": 1, "vae": 2}
 

@@ -10,7 +10,7 @@ from comfy.utils import load_torch_file
 from comfy_client.catalog import match_lora
 from comfy_client.prompt_loras import LoraChoice
 from comfy_client.proxies.patcher import RemotePatcher
-from protocol.errors import NotFound
+from luna_protocol.errors import NotFound
 
 
 def apply(model: Any, clip: Any, loras: Sequence[LoraChoice], on_server: list[str]) -> tuple[Any, Any]:

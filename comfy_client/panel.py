@@ -12,7 +12,7 @@ from server import PromptServer
 
 from comfy_client import settings
 from comfy_client.account import Accountant
-from protocol.errors import LunaError, Malformed
+from luna_protocol.errors import LunaError, Malformed
 
 _accountant = Accountant()
 

@@ -23,8 +23,8 @@ import torch
 
 from comfy_client.connections import Connections, NotConnected, Response
 from comfy_client.transport import Answer, Body, Transport
-from protocol.blob import Blob
-from protocol.errors import (
+from luna_protocol.blob import Blob
+from luna_protocol.errors import (
     Full,
     Impossible,
     Internal,
@@ -36,7 +36,7 @@ from protocol.errors import (
     Unavailable,
     from_json,
 )
-from protocol.messages import Index, Missing, RepositoryIndex, Request, validate
+from luna_protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
 KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
 # The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
@@ -85,7 +85,7 @@ class Server:
         Unauthorized: the token is wrong and could not be renewed.
         Full, Loading: still so after `timeouts.patience`.
         Broken: the model did not load.
-        LunaError: whatever else the server told; protocol/errors.py has the kinds.
+        LunaError: whatever else the server told; luna_protocol/errors.py has the kinds.
     """
 
     def __init__(

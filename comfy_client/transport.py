@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from protocol.blob import Blob, unpack
-from protocol.errors import Internal, NoSharedMemory
-from protocol.shared_memory import Segment, SharedBlob, sweep
+from luna_protocol.blob import Blob, unpack
+from luna_protocol.errors import Internal, NoSharedMemory
+from luna_protocol.shared_memory import Segment, SharedBlob, sweep
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Transport:
                 except NoSharedMemory as error:
                     self._leases = None
                     log.warning("%s cannot map our memory, so HTTP carries all tensors: %s", self._address, str(error))
-        return unpack(send(Body(BLOB, blob.size, blob.pack)).body)
+        return _unpacked(send(Body(BLOB, blob.size, blob.pack)))
 
 
 class _Lease:
@@ -99,7 +99,7 @@ class _Lease:
     def read(self, answer: Answer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if answer.content_type != JSON:
             self._reply_wanted = len(answer.body)
-            return unpack(answer.body)
+            return _unpacked(answer)
         try:
             size = int(json.loads(answer.body)["shared_memory"])
         except (ValueError, KeyError, TypeError) as error:
@@ -109,6 +109,13 @@ class _Lease:
     def unlink(self) -> None:
         self._request.unlink()
         self._reply.unlink()
+
+
+def _unpacked(answer: Answer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if answer.content_type != BLOB:
+        told = f"{answer.content_type or 'something'}: {bytes(answer.body[:200])!r}"
+        raise Internal(f"the server answers {told}", "is it a LunaServe, and of this version?")
+    return unpack(answer.body)
 
 
 class _Leases:

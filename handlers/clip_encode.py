@@ -11,8 +11,8 @@ from handlers.engine.lora_names import text_targets
 from handlers.engine.text_encoder import TextEncoder
 from handlers.patched_handler import PatchedHandler
 from handlers.role_handler import Item, Reply
-from protocol.errors import Impossible, NotFound
-from protocol.messages import ClipEncode, ClipOutput, ClipText
+from luna_protocol.errors import Impossible, NotFound
+from luna_protocol.messages import ClipEncode, ClipOutput, ClipText
 
 MAX_ROWS = 256
 _PAD = {"clip_l": tokenizer.END, "clip_g": 0}

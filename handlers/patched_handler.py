@@ -9,8 +9,8 @@ from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_names import Targets
 from handlers.engine.lora_overlays import Match, Overlays
 from handlers.role_handler import Item, Reply, RoleHandler
-from protocol.errors import Malformed
-from protocol.messages import LoraReport, Patched
+from luna_protocol.errors import Malformed
+from luna_protocol.messages import LoraReport, Patched
 
 UPLOAD = "lora."
 MAX_NAMES = 256

@@ -7,7 +7,7 @@ from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
 from handlers.engine.decode_queue import DecodeQueue
-from protocol.save_job import QueueStatus
+from luna_protocol.save_job import QueueStatus
 
 _HISTOGRAMS = {
     "queue_wait": "DecodeQueueWait",

@@ -3,8 +3,8 @@
 from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.job_store import Limits
 from handlers.settings import QueueSettings
-from protocol.messages import Message, Request
-from protocol.save_job import CancelJobs, PurgeJobs, QueueStatus, RetryJobs
+from luna_protocol.messages import Message, Request
+from luna_protocol.save_job import CancelJobs, PurgeJobs, QueueStatus, RetryJobs
 
 QUEUE_REQUESTS = (QueueStatus, CancelJobs, RetryJobs, PurgeJobs)
 

@@ -17,8 +17,8 @@ from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings
 from handlers.worker_state import FIRST_VERSION, live_workers
-from protocol.errors import LunaError, NotFound
-from protocol.messages import (
+from luna_protocol.errors import LunaError, NotFound
+from luna_protocol.messages import (
     DescribeModel,
     Index,
     Message,

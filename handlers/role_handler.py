@@ -23,9 +23,9 @@ from handlers.metrics import HandlerMetrics
 from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
-from protocol.blob import Blob
-from protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
-from protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
+from luna_protocol.blob import Blob
+from luna_protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
+from luna_protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ class RoleHandler:
         return []
 
     def warm_up(self) -> None:
-        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in place."""
+        """Runs once what requests will run, in small: kernels, libraries' caches and mapped weights are then in
+        place."""
 
     def check(self, item: Item) -> None:
         """Raises what is wrong with this request before it may join others."""
@@ -115,6 +116,11 @@ class RoleHandler:
         the reason is kept, and every request is answered with it."""
         self.failure: Exception | None = None
         self.state: WorkerState | None = None
+        # TorchServe's worker tells the root logger of every request, and each line goes through the JVM. Metrics go the
+        # same way, by loggers of their own.
+        logging.getLogger().setLevel(logging.WARNING)
+        for name in ("ts", "handlers"):
+            logging.getLogger(name).setLevel(logging.INFO)
         try:
             self._set_up(context)
             self.state.check_deaths()

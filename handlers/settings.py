@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from handlers.engine.checkpoints import DTYPES
 from handlers.engine.roots import Roots, find
-from protocol.errors import NotFound
+from luna_protocol.errors import NotFound
 
 
 class HandlerSettings(BaseModel):

@@ -14,8 +14,8 @@ from handlers.engine.step_presets import Presets
 from handlers.engine.unet import Control, UNet
 from handlers.patched_handler import PatchedHandler
 from handlers.role_handler import Item, Reply
-from protocol.errors import Impossible, Malformed
-from protocol.messages import StepCacheReport, UNetForward, UNetOutput
+from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.messages import StepCacheReport, UNetForward, UNetOutput
 
 MAX_LATENT_POSITIONS = 1024 * 1024  # 8192 x 8192 pixels a row
 MAX_ROWS = 64

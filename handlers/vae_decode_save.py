@@ -15,9 +15,9 @@ from handlers.engine.watcher import Watcher
 from handlers.queue_metrics import QueueMetrics
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
-from protocol.errors import Impossible, TooLarge
-from protocol.messages import VaeDecode, VaeEncode, VaeOutput
-from protocol.save_job import SaveJob
+from luna_protocol.errors import Impossible, TooLarge
+from luna_protocol.messages import VaeDecode, VaeEncode, VaeOutput
+from luna_protocol.save_job import SaveJob
 
 MAX_PIXELS = 16 * 4096 * 4096  # over all rows of one request
 

@@ -16,8 +16,8 @@ from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from handlers.engine.memory_budget import Budgets, device_key, gigabytes
-from protocol.errors import Broken, OutOfMemory
-from protocol.messages import Worker
+from luna_protocol.errors import Broken, OutOfMemory
+from luna_protocol.messages import Worker
 
 FIRST_VERSION = "1.0"  # of a model called NAME; others are called NAME/VERSION, as TorchServe's addresses have them
 _INTERVAL = 1.0  # seconds between writes of counters

@@ -18,7 +18,7 @@ from rich.console import Console
 from comfy_client.server import Server
 from handlers.engine.roots import Roots, find
 from handlers.worker_state import FIRST_VERSION
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 from serving.archives import Archive, pack_checkpoint, pack_repository
 from serving.loading import load, overview
 from serving.specs import SpecError
@@ -56,7 +56,7 @@ def main() -> int:
     for file in arguments.files:
         try:
             path = Path(file)
-            if not path.is_file():
+            if not path.is_file() and not path.is_absolute():
                 path = find(Roots.from_environment(ROOT).checkpoints, file, "checkpoint")
             archives += pack_checkpoint(
                 path, arguments.store, arguments.name, arguments.dtype, version=arguments.version

@@ -13,8 +13,8 @@ import sys
 from rich.console import Console
 
 from comfy_client.server import Server
-from protocol.errors import LunaError, NotFound
-from protocol.messages import Index
+from luna_protocol.errors import LunaError, NotFound
+from luna_protocol.messages import Index
 from serving.loading import load, overview
 
 

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 
 from comfy_client.server import Server
-from protocol.errors import LunaError
-from protocol.messages import Index
+from luna_protocol.errors import LunaError
+from luna_protocol.messages import Index
 from serving.loading import overview
 from serving.measurements import Gpu, GpuLog, Metrics, gpus
 from serving.stopping import Stopped, stop_on_signals

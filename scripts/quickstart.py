@@ -18,9 +18,9 @@ from rich.progress import track
 from rich.table import Table
 
 from comfy_client.server import Server
-from protocol.errors import LunaError
-from protocol.messages import ClipText, DescribeModel, ModelDescription, UNetForward, validate
-from protocol.save_job import PictureGroup, QueueReport, QueueStatus, SaveJob
+from luna_protocol.errors import LunaError
+from luna_protocol.messages import ClipText, DescribeModel, ModelDescription, UNetForward, validate
+from luna_protocol.save_job import PictureGroup, QueueReport, QueueStatus, SaveJob
 from serving.archives import pack_checkpoint, pack_repository
 from serving.loading import load, overview
 from serving.specs import SpecError

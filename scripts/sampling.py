@@ -25,7 +25,7 @@ from handlers.engine.step_policies import Policy
 from handlers.engine.text_encoder import TextEncoder
 from handlers.engine.unet import UNet
 from handlers.engine.vae import VAE
-from protocol.errors import Impossible
+from luna_protocol.errors import Impossible
 
 LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025}  # UNet space = LATENT times this
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -179,28 +179,3 @@ class _Run:
         latent = self.x / LATENT_SCALE[self.painter.family]
         pixels = self.painter.vae.decode(latent.to(self.painter.device)).float().cpu()
         return Painting(((pixels + 1) / 2).clamp(0, 1), self.hits / (2 * self.count * self.step), self.seconds)
-
-
-def psnr(pictures: Tensor, references: Tensor) -> Tensor:
-    """Decibels per picture [N] of pictures [N, 3, H, W] in 0..1 against references; identical ones give 100."""
-    error = (pictures - references).square().flatten(1).mean(1)
-    return (-10 * error.log10()).clamp(max=100.0)
-
-
-def ssim(pictures: Tensor, references: Tensor) -> Tensor:
-    """Structural similarity per picture [N], of pictures [N, 3, H, W] in 0..1.
-
-    Source: Wang et al. 2004, "Image Quality Assessment", with its constants and 11 x 11 Gaussian window, per channel.
-    """
-    offsets = torch.arange(11.0) - 5
-    line = torch.exp(-offsets.square() / (2 * 1.5**2))
-    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
-
-    def blur(values: Tensor) -> Tensor:
-        return torch.nn.functional.conv2d(values, window, groups=3)
-
-    a, b = blur(pictures), blur(references)
-    aa, bb, ab = blur(pictures**2) - a * a, blur(references**2) - b * b, blur(pictures * references) - a * b
-    c1, c2 = 0.01**2, 0.03**2
-    values = (2 * a * b + c1) * (2 * ab + c2) / ((a * a + b * b + c1) * (aa + bb + c2))
-    return values.flatten(1).mean(1)

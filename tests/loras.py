@@ -90,6 +90,21 @@ def _oft(draw: _Draw, out: int, inner: int, kernel: tuple[int, ...]) -> Tensors:
     return {"oft_blocks": draw(out // 8, 8, 8)}
 
 
+def _boft(draw: _Draw, out: int, inner: int, kernel: tuple[int, ...]) -> Tensors:
+    return {"oft_blocks": draw(3, out // 4, 4, 4), "rescale": draw(out, *[1] * (1 + len(kernel))) + 1}
+
+
+def _glora(draw: _Draw, out: int, inner: int, kernel: tuple[int, ...]) -> Tensors:
+    shapes = {"a1": (inner, 3), "a2": (3, inner), "b1": (out, 3), "b2": (3, inner * prod(kernel))}
+    return {f"{name}.weight": draw(*shape) for name, shape in shapes.items()}
+
+
+def _old_glora(draw: _Draw, out: int, inner: int, kernel: tuple[int, ...]) -> Tensors:
+    width = inner * prod(kernel)
+    shapes = {"a1": (3, width), "a2": (width, 3), "b1": (3, width), "b2": (out, 3)}
+    return {f"{name}.weight": draw(*shape) for name, shape in shapes.items()}
+
+
 def _diff(draw: _Draw, out: int, inner: int, kernel: tuple[int, ...]) -> Tensors:
     return {"diff": draw(out, inner, *kernel), "diff_b": draw(out)}
 
@@ -113,6 +128,9 @@ FORMATS: dict[str, Callable[..., Tensors]] = {
     "lokr dora": _dora(_lokr, 0),
     "oft": _oft,
     "oft bounded": _alpha(_oft, 0.5),
+    "boft": _alpha(_boft, 0.8),
+    "glora": _alpha(_glora, 2.0),
+    "glora old": _old_glora,
     "diff": _diff,
     "set": _set,
 }

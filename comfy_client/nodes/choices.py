@@ -3,7 +3,7 @@
 from comfy_client import settings
 from comfy_client.catalog import Catalog, checkpoints, find
 from comfy_client.loras import known_here
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 
 _CATALOG = Catalog()
 

@@ -9,7 +9,7 @@ from server import PromptServer
 from comfy_client import local, settings
 from comfy_client.nodes import choices
 from comfy_client.proxies.served import served
-from protocol.errors import LunaError, NotFound
+from luna_protocol.errors import LunaError, NotFound
 
 log = logging.getLogger(__name__)
 

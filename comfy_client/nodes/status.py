@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_client import settings
 from comfy_client.panel import account
-from protocol.errors import LunaError
+from luna_protocol.errors import LunaError
 
 
 class LunaServerStatus:

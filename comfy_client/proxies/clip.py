@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse
 from comfy_client.proxies.remote import Remote
-from protocol.messages import ClipEncode
+from luna_protocol.messages import ClipEncode
 
 # {family: (ComfyUI's configuration, the prefix under which its files keep each encoder)}
 _FAMILIES = {

@@ -10,12 +10,12 @@ from comfy import model_base, model_detection, supported_models
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
+from comfy_client.content_hashes import ContentHashes
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse, refuse_block_patches
 from comfy_client.proxies.remote import Remote
 from comfy_client.proxies.step_cache import STEP_CACHE_KEY, StepCacheSettings
-from protocol.blob import content_hash
-from protocol.messages import StepCache, UNetForward
+from luna_protocol.messages import StepCache, UNetForward
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class RemoteUNet(nn.Module):
         self.dtype = remote.dtype
         self.lora_stack = LoraStack()
         self._shapes = shapes
+        self._hashes = ContentHashes()
         # Not a submodule: the model owns this UNet.
         object.__setattr__(self, "_model", model)
         self.begin_session()
@@ -119,7 +120,7 @@ class RemoteUNet(nn.Module):
         if y is not None:
             tensors["y"] = y
         request = UNetForward(
-            references={"context": content_hash(context)},
+            references={"context": self._hashes.of(context)},
             step_cache=self._step_cache(options, timesteps),
             **self.lora_stack.request_fields(),
         )

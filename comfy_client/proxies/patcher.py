@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comfy_client.proxies.lora_upload import CapturedLora
 from comfy_client.proxies.refusals import refuse
-from protocol.messages import LoraUse
+from luna_protocol.messages import LoraUse
 
 # Stock patchers keep {weight's key: patches in the order added}. One entry for the whole model keeps the order among
 # LoRAs, which decides the result, and lets the stock class copy, compare and scale it as it does its own.

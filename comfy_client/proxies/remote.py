@@ -11,7 +11,7 @@ from comfy import model_management
 from torch import Tensor
 
 from comfy_client.server import Server
-from protocol.messages import DescribeModel, ModelDescription, Request, ServedModel, validate
+from luna_protocol.messages import DescribeModel, ModelDescription, Request, ServedModel, validate
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from comfy_client.proxies.model import remote_model
 from comfy_client.proxies.remote import Remote, interruptible
 from comfy_client.proxies.vae import RemoteVAE
 from comfy_client.server import Server
-from protocol.errors import Unavailable
-from protocol.messages import ServedModel
+from luna_protocol.errors import Unavailable
+from luna_protocol.messages import ServedModel
 
 _PROXIES: dict[str, Callable[[Remote], Any]] = {"unet": remote_model, "clip": remote_clip, "vae": RemoteVAE}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
-from protocol.messages import Preset, StepCache
+from luna_protocol.messages import Preset, StepCache
 
 STEP_CACHE_KEY = "luna_step_cache"
 PRESETS = ("none", *get_args(Preset))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse
 from comfy_client.proxies.remote import Remote
-from protocol.errors import OutOfMemory
-from protocol.messages import Request, VaeDecode, VaeEncode
+from luna_protocol.errors import OutOfMemory
+from luna_protocol.messages import Request, VaeDecode, VaeEncode
 
 
 class RemoteVAE(VAE):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from handlers.engine.unet_layout import Shapes, UNetLayout
-from protocol.errors import Impossible, Malformed, NotFound
+from luna_protocol.errors import Impossible, Malformed, NotFound
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 _REMAP_BYTES = 32 << 20

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from protocol.errors import Malformed, NotFound
+from luna_protocol.errors import Malformed, NotFound
 
 # What ComfyUI calls the folders that hold what we serve.
 KINDS = {

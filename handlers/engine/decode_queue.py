@@ -19,9 +19,9 @@ from handlers.engine.job_report import report
 from handlers.engine.job_store import JobStore, Limits, NewJob
 from handlers.engine.job_tables import SCHEMA
 from handlers.engine.save_plan import plan, warnings
-from protocol.blob import pack
-from protocol.errors import LunaError, Unavailable
-from protocol.save_job import (
+from luna_protocol.blob import pack
+from luna_protocol.errors import LunaError, Unavailable
+from luna_protocol.save_job import (
     CancelJobs,
     JobsChanged,
     PurgeJobs,

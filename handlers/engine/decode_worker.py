@@ -30,7 +30,7 @@ from handlers.engine.job_work import Decoded, JobWork, Observe
 from handlers.engine.picture_metadata import plain
 from handlers.engine.picture_records import PictureRecords
 from handlers.engine.watcher import Watcher
-from protocol.errors import Impossible, LunaError, Malformed, TooLarge
+from luna_protocol.errors import Impossible, LunaError, Malformed, TooLarge
 
 log = logging.getLogger(__name__)
 

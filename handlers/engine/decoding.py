@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from handlers.engine.vae import SCALE, VAE
-from protocol.messages import Tiling
+from luna_protocol.messages import Tiling
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from protocol.errors import Malformed
+from luna_protocol.errors import Malformed
 
 DISCARDED = "_discarded"
 # 255 is what file systems allow; the rest is room for affix, counter and extension.

@@ -8,7 +8,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from handlers.engine.picture_metadata import exif, generation_texts, jpeg_exif, workflow_texts
 from handlers.engine.png import FAST_LEVELS, png
-from protocol.save_job import PictureFormat, PictureGroup, SaveJob
+from luna_protocol.save_job import PictureFormat, PictureGroup, SaveJob
 
 EXTENSIONS: dict[PictureFormat, str] = {"png": "png", "png16": "png", "webp": "webp", "jpeg": "jpg"}
 MAX_SIDE: dict[PictureFormat, int] = {"png": 32_768, "png16": 32_768, "webp": 16_383, "jpeg": 65_535}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, Engine, Row, and_, func, or_, select
 
 from handlers.engine.job_tables import FILES, JOBS
-from protocol.save_job import JobStatus, QueueReport, QueueStatus, SaveAccepted, SavedFile
+from luna_protocol.save_job import JobStatus, QueueReport, QueueStatus, SaveAccepted, SavedFile
 
 HOLDS_PAYLOAD = JOBS.c.state.in_(("queued", "running", "dead"))
 _WINDOW = 600.0

@@ -35,8 +35,8 @@ from sqlalchemy.exc import IntegrityError
 from handlers.engine.filenames import name_key, numbered
 from handlers.engine.job_report import HOLDS_PAYLOAD, accepted, seconds_per_job
 from handlers.engine.job_tables import FILES, JOBS, PAYLOADS, TURNS
-from protocol.errors import Malformed, NotFound, TooLarge, Unavailable
-from protocol.save_job import SaveAccepted
+from luna_protocol.errors import Malformed, NotFound, TooLarge, Unavailable
+from luna_protocol.save_job import SaveAccepted
 
 
 @dataclass(frozen=True)

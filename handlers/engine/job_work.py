@@ -21,9 +21,9 @@ from handlers.engine.job_store import Claim, JobStore, StagedFile
 from handlers.engine.picture_records import PictureRecords
 from handlers.engine.quality_gate import quality
 from handlers.engine.watcher import Watcher
-from protocol.blob import unpack
-from protocol.errors import Impossible
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.blob import unpack
+from luna_protocol.errors import Impossible
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 Observe = Callable[[str, float], None]
 

@@ -13,8 +13,8 @@ from handlers.engine.checkpoints import read_header
 from handlers.engine.lora_merge import Patch, fits
 from handlers.engine.lora_names import Targets
 from handlers.engine.roots import find
-from protocol.blob import set_hash
-from protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge
+from luna_protocol.blob import set_hash
+from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge
 
 SUFFIX = ".safetensors"
 MAX_BYTES = 8 << 30
@@ -46,6 +46,7 @@ _ENDINGS = {
         )
     },
     ".lora_mid.weight": "lora_mid",
+    **{f".{role}.weight": role for role in ("a1", "a2", "b1", "b2")},
     **{
         f".{role}": role
         for role in (
@@ -71,6 +72,7 @@ _KINDS = {
         ],
         {"lokr_t2", "dora_scale"},
     ),
+    "glora": ([{"a1", "a2", "b1", "b2"}], {"dora_scale"}),
     "oft": ([{"oft_blocks"}], {"rescale"}),
     "diff": ([{"diff"}], set()),
     "set": ([{"set_weight"}], set()),
@@ -154,7 +156,7 @@ class LoraFiles:
         if actual != content:
             raise Malformed(
                 f"LoRA tensors came as {content}, their content has the hash {actual}",
-                "see set_hash in protocol/",
+                "see set_hash in luna_protocol/blob.py",
             )
         source = Source(content)
         if source not in self._loras:
@@ -249,7 +251,7 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
     roles = set(tensors)
     for kind, (complete, optional) in _KINDS.items():
         if any(required <= roles <= required | optional for required in complete):
-            return kind
+            return "boft" if kind == "oft" and tensors["oft_blocks"].ndim == 4 else kind
     raise Malformed(
         f"{', '.join(sorted(roles))} make no patch", "a tensor is missing, or two formats are mixed: docs/lora.md"
     )

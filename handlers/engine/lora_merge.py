@@ -1,9 +1,9 @@
 """What a LoRA patch does to a weight, by ComfyUI's rule: add up in float32, in order, and round once at the end.
 
 Formulas: LoRA (arXiv 2106.09685), its Tucker form and LoHa (FedPara, 2108.06098), LoKr (LyCORIS, 2309.14859), DoRA
-(2402.09353), OFT (2306.07280) with Cayley's parametrisation. Where ComfyUI departs from the papers, so do we, because a
-picture has to stay the same: DoRA's norm over output rows is the unpatched weight's, OFT takes the strength twice and
-leaves `rescale` out.
+(2402.09353), GLoRA (2306.07967), OFT (2306.07280) and BOFT (2311.06243), both parametrised by Cayley. Where ComfyUI
+departs from the papers, so do we, because a picture has to stay the same: DoRA's norm over output rows is the unpatched
+weight's; OFT and BOFT take the strength twice; OFT leaves `rescale` out.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from handlers.engine.float8 import FLOAT8, round_to_float8
 class Patch:
     """One LoRA's change to one weight.
 
-    kind: "lora", "loha", "lokr", "oft", "diff" (added as it is) or "set" (replaces the weight).
+    kind: "lora", "loha", "lokr", "glora", "oft", "boft", "diff" (added as it is) or "set" (replaces the weight).
     tensors: {ending in the file: tensor}, of any floating dtype, on the CPU.
     alpha: as in the file; None where it has none.
     """
@@ -67,19 +67,21 @@ def merge(weight: Tensor, patches: Sequence[Scaled], seed: int) -> Tensor:
 
 def fits(patch: Patch, shape: torch.Size) -> str:
     """Why `patch` cannot be merged into a weight of this shape; empty when it can. Computes nothing."""
-    tensors = {name: tensor.to("meta") for name, tensor in patch.tensors.items()}
+    tensors = {name: tensor.to("meta", torch.float32) for name, tensor in patch.tensors.items()}
     if any(0 in tensor.shape for tensor in tensors.values()):
         return "has rank 0"
     weight = torch.empty(shape, device="meta")
     try:
         if "dora_scale" in tensors and torch.broadcast_shapes(tensors.pop("dora_scale").shape, shape) != shape:
             raise ValueError("dora_scale is too large")
-        if patch.kind == "oft":
-            count, side, across = tensors["oft_blocks"].shape
-            if side != across or count * side != shape[0]:
-                raise ValueError(f"it has {count} blocks of {side} x {across}")
+        if patch.kind in ("oft", "boft"):
+            *factors, count, side, across = tensors["oft_blocks"].shape
+            # The last of BOFT's factors pairs rows that lie farthest apart.
+            widest = side * 2 ** (factors[0] - 1) if factors else 1
+            if side != across or count * side != shape[0] or shape[0] % widest or (factors and side % 2):
+                raise ValueError(f"it turns {count} blocks of {side} x {across}")
         else:
-            _shaped(tensors["set_weight"] if patch.kind == "set" else _DELTAS[patch.kind](tensors, None)[0], weight)
+            _shaped(tensors["set_weight"] if patch.kind == "set" else _change(weight, patch, tensors, 1.0)[0], weight)
     except (RuntimeError, ValueError, IndexError) as error:
         return f"does not fit a weight of shape {list(shape)}: {str(error).splitlines()[0]}"
     return ""
@@ -92,10 +94,7 @@ def _add(weight: Tensor, patch: Patch, strength: float) -> None:
         weight.copy_(_shaped(tensors["set_weight"], weight))
         return
     dora_scale = tensors.pop("dora_scale", None)
-    if patch.kind == "oft":
-        delta, scale = _oft(weight, tensors, patch.alpha, strength), 1.0
-    else:
-        delta, scale = _DELTAS[patch.kind](tensors, patch.alpha)
+    delta, scale = _change(weight, patch, tensors, strength)
     delta = _shaped(delta, weight)
     if dora_scale is None:
         # Scaled, then added: in one fused step the last bit would differ.
@@ -124,8 +123,20 @@ def _add_decomposed(weight: Tensor, delta: Tensor, dora_scale: Tensor, strength:
         weight += strength * directed.sub_(weight)
 
 
+def _change(weight: Tensor, patch: Patch, tensors: dict[str, Tensor], strength: float) -> tuple[Tensor, float]:
+    """The change before strength (which OFT and BOFT take here too), and the factor that alpha makes of it."""
+    match patch.kind:
+        case "oft":
+            return _oft(weight, *_rotations(tensors["oft_blocks"], patch.alpha), strength), 1.0
+        case "boft":
+            turned = _boft(weight, *_rotations(tensors["oft_blocks"], patch.alpha), strength)
+            return turned * tensors.get("rescale", 1.0) - weight, 1.0
+        case "glora":
+            return _glora(weight, tensors, patch.alpha)
+    return _DELTAS[patch.kind](tensors, patch.alpha)
+
+
 def _lora(t: dict[str, Tensor], alpha: float | None) -> tuple[Tensor, float]:
-    """The change before any strength, and the factor that alpha makes of it; so do `_loha`, `_lokr` and `_diff`."""
     up, down = t["lora_up"].flatten(1), t["lora_down"]
     rank = down.shape[0]
     if "lora_mid" in t:
@@ -160,18 +171,48 @@ def _diff(t: dict[str, Tensor], _alpha: float | None) -> tuple[Tensor, float]:
     return t["diff"].clone(), 1.0
 
 
-def _oft(weight: Tensor, t: dict[str, Tensor], alpha: float | None, strength: float) -> Tensor:
-    """What turning blocks of output rows by orthogonal matrices changes; alpha bounds the skew matrices' norm."""
-    blocks, bound = t["oft_blocks"], alpha or 0.0
-    identity = torch.eye(blocks.shape[1], device=blocks.device)
-    skew = blocks - blocks.transpose(1, 2)
-    if bound > 0:
+def _glora(weight: Tensor, t: dict[str, Tensor], alpha: float | None) -> tuple[Tensor, float]:
+    """W A + B, each of low rank. LyCORIS once kept the factors the other way round; shapes tell, or else squareness."""
+    a1, a2, b1, b2 = (t[name].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+    old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+    new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
+    if old and (not new or a2.shape[0] == weight.shape[0] == weight.shape[1]):
+        return b2 @ b1 + (weight.flatten(1) @ a2) @ a1, _ratio(alpha, len(a1))
+    if weight.ndim > 2:
+        along = torch.einsum("o i ..., i j -> o j ...", torch.einsum("o i ..., i j -> o j ...", weight, a1), a2)
+    else:
+        along = weight @ a1 @ a2
+    return along.flatten(1) + b1 @ b2, _ratio(alpha, len(a2))
+
+
+def _rotations(blocks: Tensor, alpha: float | None) -> tuple[Tensor, Tensor]:
+    """Orthogonal matrices of blocks [..., b, b], alpha a bound for the norm of their skew parts; and the identity."""
+    identity = torch.eye(blocks.shape[-1], device=blocks.device)
+    skew = blocks - blocks.transpose(-1, -2)
+    if alpha:
         norm = skew.norm() + 1e-8
-        skew = torch.where(norm > bound, skew * bound / norm, skew)
-    rotation = (identity + skew) @ torch.linalg.inv(identity - skew)
-    parts = weight.view(*blocks.shape[:2], *weight.shape[1:])
-    turned = torch.einsum("k n m, k n ... -> k m ...", rotation * strength - strength * identity, parts)
+        skew = torch.where(norm > alpha, skew * alpha / norm, skew)
+    return (identity + skew) @ torch.linalg.inv(identity - skew), identity
+
+
+def _oft(weight: Tensor, rotations: Tensor, identity: Tensor, strength: float) -> Tensor:
+    """What turning each block of output rows changes."""
+    parts = weight.view(*rotations.shape[:2], *weight.shape[1:])
+    turned = torch.einsum("k n m, k n ... -> k m ...", rotations * strength - strength * identity, parts)
     return turned.reshape(weight.shape)
+
+
+def _boft(weight: Tensor, rotations: Tensor, identity: Tensor, strength: float) -> Tensor:
+    """Output rows turned by butterfly factors, each pairing rows twice as far apart as the one before."""
+    rows = torch.arange(len(weight), device=weight.device)
+    for index, blocks in enumerate(rotations):
+        if strength != 1:
+            blocks = blocks * strength + (1 - strength) * identity
+        order = rows.view(-1, 2, 2**index * len(identity) // 2).transpose(1, 2).flatten()
+        paired = weight[order].unflatten(0, (-1, len(identity)))
+        turned = torch.einsum("b i j, b j ... -> b i ...", blocks, paired).flatten(0, 1)
+        weight = torch.empty_like(turned).index_copy_(0, order, turned)
+    return weight
 
 
 _DELTAS = {"lora": _lora, "loha": _loha, "lokr": _lokr, "diff": _diff}

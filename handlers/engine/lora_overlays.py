@@ -20,8 +20,8 @@ from handlers.engine import lora_side_path
 from handlers.engine.lora_files import Lora, LoraFiles, Source
 from handlers.engine.lora_merge import Scaled, merge
 from handlers.engine.lora_side_path import LowRank
-from protocol.errors import Unavailable
-from protocol.messages import LoraUse
+from luna_protocol.errors import Unavailable
+from luna_protocol.messages import LoraUse
 
 FREE_SHARE = 0.3
 

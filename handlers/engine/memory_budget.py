@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from protocol.errors import Malformed
-from protocol.messages import Worker
+from luna_protocol.errors import Malformed
+from luna_protocol.messages import Worker
 
 VARIABLE = "LUNA_MEMORY"
 _DEFAULT_SHARE = 0.75

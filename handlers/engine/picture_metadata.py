@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from PIL import Image
 
 from handlers.engine.filenames import model_variables
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 # JPEG keeps EXIF in one segment, whose length has 16 bits.
 MAX_JPEG_EXIF = 65_533

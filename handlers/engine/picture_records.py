@@ -23,7 +23,7 @@ from sqlalchemy import (
 
 from handlers.engine.database import open_database
 from handlers.engine.picture_metadata import model_texts, plain
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 SCHEMA = MetaData()
 

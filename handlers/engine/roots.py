@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from handlers.engine.comfyui_folders import comfyui_folders
-from protocol.errors import Malformed, NotFound
+from luna_protocol.errors import Malformed, NotFound
 
 MAX_NAME = 255  # bytes, of most file systems
 

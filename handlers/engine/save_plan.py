@@ -10,8 +10,8 @@ from handlers.engine.filenames import model_variables, picture_name, render
 from handlers.engine.image_writer import EXTENSIONS, MAX_SIDE
 from handlers.engine.job_store import NewFile
 from handlers.engine.picture_metadata import generation_texts, jpeg_exif, model_texts, workflow_texts
-from protocol.errors import Impossible, Malformed, TooLarge
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.errors import Impossible, Malformed, TooLarge
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 MAX_ROWS = 64
 MAX_PIXELS = 16 * 4096 * 4096  # of a whole job, which is decoded in memory

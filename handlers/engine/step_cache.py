@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handlers.engine.step_policies import Candidate, Computed, Policy
 from handlers.engine.unet import Control, Flow, UNet, select_control
-from protocol.errors import Impossible
+from luna_protocol.errors import Impossible
 
 
 class Latent(NamedTuple):

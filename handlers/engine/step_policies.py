@@ -10,8 +10,8 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from protocol.errors import Impossible
-from protocol.messages import validate
+from luna_protocol.errors import Impossible
+from luna_protocol.messages import validate
 
 
 @dataclass(frozen=True)

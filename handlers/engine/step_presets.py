@@ -5,8 +5,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from handlers.engine.step_policies import Policy, policy
-from protocol.errors import Impossible, Malformed
-from protocol.messages import Preset, StepCache
+from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.messages import Preset, StepCache
 
 ANY = "any"
 

@@ -4,8 +4,8 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from protocol.blob import content_hash
-from protocol.errors import Malformed
+from luna_protocol.blob import content_hash
+from luna_protocol.errors import Malformed
 
 
 class TensorCache:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
-from protocol.errors import Impossible, Malformed
+from luna_protocol.errors import Impossible, Malformed
 
 END_TOKEN = 49407
 _G_NAMES = {
@@ -23,13 +23,12 @@ class TextEncoder:
     """One frozen CLIP text encoder.
 
     Attributes:
-        model: transformers' module, never written.
-        projection: [P, D] for the projected pooled output, None where the file has none (then it is the identity).
+        model: transformers' module, never written. Its `text_projection`, where the file has one, is ours: the linear
+            layer [P, D] of the projected pooled output, which is the identity where there is none.
     """
 
-    def __init__(self, model: CLIPTextModel, projection: Tensor | None):
+    def __init__(self, model: CLIPTextModel):
         self.model = model
-        self.projection = projection
 
     @classmethod
     def load(cls, path: Path, part: Part, encoder: str, dtype: torch.dtype, device: torch.device) -> "TextEncoder":
@@ -47,7 +46,10 @@ class TextEncoder:
         adopt(model, tensors, encoder)
         # Not in the file and so still on the meta device: it only counts positions.
         model.embeddings.position_ids = torch.arange(model.config.max_position_embeddings, device=device)[None]
-        return cls(model, projection)
+        if projection is not None:
+            model.text_projection = torch.nn.Linear(*projection.shape[::-1], bias=False, device="meta")
+            adopt(model.text_projection, {"weight": projection}, f"{encoder}'s projection")
+        return cls(model)
 
     @property
     def width(self) -> int:
@@ -90,8 +92,8 @@ class TextEncoder:
                 hook.remove()
         hidden = output.last_hidden_state
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        if projected and self.projection is not None:
-            pooled = torch.nn.functional.linear(pooled, self.projection)
+        if projected and hasattr(self.model, "text_projection"):
+            pooled = self.model.text_projection(pooled)
         if layer is not None:
             index = layer if layer >= 0 else self.layers + layer
             hidden = output.hidden_states[index + 1]

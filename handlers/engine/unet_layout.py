@@ -7,7 +7,7 @@ ControlNet count them; diffusers groups the same blocks by level. This module kn
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from protocol.errors import Malformed
+from luna_protocol.errors import Malformed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -122,6 +122,17 @@ class UNetLayout:
                 f"the UNet has {len(strangers)} tensors of an unknown kind: {', '.join(strangers[:3])}",
                 "SD1.5 and SDXL UNets in the original layout can be served",
             )
+        return names
+
+    def original_names(self, parameters: Mapping[str, object]) -> dict[str, str]:
+        """{diffusers key: LDM key} for every one of `parameters`: the way back, to write a file."""
+        blocks = {theirs: original for original, theirs in {**self.blocks(), **_ENDS}.items()}
+        resnet = {theirs: original for original, theirs in _RESNET_NAMES.items()}
+        names = {}
+        for name in parameters:
+            prefix = max((block for block in blocks if name.startswith(f"{block}.")), key=len)
+            module, _, parameter = name[len(prefix) + 1 :].rpartition(".")
+            names[name] = ".".join(filter(None, (blocks[prefix], resnet.get(module, module), parameter)))
         return names
 
     def diffusers_config(self) -> dict:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
 from handlers.engine.tiles import tiled
-from protocol.errors import Impossible, Malformed
-from protocol.messages import Tiling
+from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.messages import Tiling
 
 SCALE = 8
 

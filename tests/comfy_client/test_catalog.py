@@ -1,8 +1,8 @@
 import pytest
 
 from comfy_client.catalog import checkpoints, find, match_lora
-from protocol.errors import NotFound
-from protocol.messages import Index, ServedModel
+from luna_protocol.errors import NotFound
+from luna_protocol.messages import Index, ServedModel
 
 INDEX = Index(
     models=[

@@ -17,10 +17,10 @@ import torch
 
 from comfy_client.server import Server, Timeouts, Unauthorized, Unreachable
 from comfy_client.transport import BLOB, Transport
-from protocol import shared_memory
-from protocol.blob import content_hash, pack
-from protocol.errors import Impossible, Internal, Malformed, NotFound, TooLarge, Unavailable
-from protocol.messages import ClipText, UNetForward, UNetOutput, VaeDecode
+from luna_protocol import shared_memory
+from luna_protocol.blob import content_hash, pack
+from luna_protocol.errors import Impossible, Internal, Malformed, NotFound, TooLarge, Unavailable
+from luna_protocol.messages import ClipText, UNetForward, UNetOutput, VaeDecode
 from serving.torchserve import ROOT, Ports, TorchServe
 from tests.conftest import connect
 

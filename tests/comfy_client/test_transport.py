@@ -9,10 +9,10 @@ import torch
 
 from comfy_client.transport import JSON, Answer, Body, Transport
 from handlers.transport import Transport as WorkerTransport
-from protocol import shared_memory
-from protocol.blob import Blob
-from protocol.errors import Impossible, LunaError, NoSharedMemory
-from protocol.messages import UNetForward, UNetOutput
+from luna_protocol import shared_memory
+from luna_protocol.blob import Blob
+from luna_protocol.errors import Impossible, LunaError, NoSharedMemory
+from luna_protocol.messages import UNetForward, UNetOutput
 
 pytestmark = pytest.mark.skipif(
     not shared_memory.FOLDER.is_dir(), reason="no /dev/shm here; HTTP bodies carry the blobs"

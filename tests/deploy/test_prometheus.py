@@ -12,7 +12,7 @@ import urllib3
 import yaml
 
 from comfy_client.server import Server
-from protocol.messages import UNetForward
+from luna_protocol.messages import UNetForward
 from serving.torchserve import TorchServe
 from tests.deploy.test_configurations import DEPLOY, expressions, needs
 

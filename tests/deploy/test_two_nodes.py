@@ -17,7 +17,7 @@ import urllib3
 
 from comfy_client.server import Server, Timeouts, Unauthorized
 from handlers.worker_state import live_workers
-from protocol.messages import UNetForward
+from luna_protocol.messages import UNetForward
 from serving.archives import pack_checkpoint
 from tests.checkpoints import write
 from tests.deploy.test_configurations import DEPLOY, ROOT, certificate, needs

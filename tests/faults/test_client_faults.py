@@ -12,8 +12,8 @@ import torch
 import urllib3
 
 from comfy_client.server import Server, Unreachable
-from protocol.errors import Broken, Full, LunaError, NotFound, TooLarge, Unavailable
-from protocol.messages import UNetForward, VaeDecode
+from luna_protocol.errors import Broken, Full, LunaError, NotFound, TooLarge, Unavailable
+from luna_protocol.messages import UNetForward, VaeDecode
 from serving.torchserve import TorchServe
 from tests.checkpoints import write
 from tests.conftest import connect

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from comfy_client.server import Server
-from protocol.blob import pack
-from protocol.messages import UNetForward, VaeDecode
+from luna_protocol.blob import pack
+from luna_protocol.messages import UNetForward, VaeDecode
 
 EXAMPLES = int(os.environ.get("LUNA_FUZZ", "500"))
 

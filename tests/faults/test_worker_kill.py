@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comfy_client.server import Server
-from protocol.messages import UNetForward
+from luna_protocol.messages import UNetForward
 from tests.checkpoints import write
 
 TENSORS = {"x": torch.ones(1, 4, 8, 8), "timesteps": torch.ones(1), "context": torch.ones(1, 77, 64)}

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from comfy_client.server import Server
-from protocol.blob import pack
-from protocol.errors import Impossible, Malformed
-from protocol.messages import RepositoryIndex, VaeDecode
-from protocol.save_job import CancelJobs, JobStatus, PurgeJobs, QueueReport, QueueStatus, SaveAccepted, SaveJob
+from luna_protocol.blob import pack
+from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.messages import RepositoryIndex, VaeDecode
+from luna_protocol.save_job import CancelJobs, JobStatus, PurgeJobs, QueueReport, QueueStatus, SaveAccepted, SaveJob
 from tests.handlers.engine.save_jobs import a_job, check_complete
 
 

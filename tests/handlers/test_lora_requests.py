@@ -19,9 +19,9 @@ from handlers.engine.lora_names import text_targets, unet_targets
 from handlers.engine.lora_overlays import Overlays
 from handlers.engine.text_encoder import TextEncoder
 from handlers.engine.unet import UNet
-from protocol.blob import set_hash
-from protocol.errors import Impossible, LunaError, Malformed, NotFound
-from protocol.messages import ClipEncode, LoraUse, UNetForward
+from luna_protocol.blob import set_hash
+from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound
+from luna_protocol.messages import ClipEncode, LoraUse, UNetForward
 from tests import checkpoints
 
 CPU = torch.device("cpu")

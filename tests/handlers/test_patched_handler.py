@@ -5,10 +5,10 @@ import torch
 
 from handlers.engine.tensor_cache import TensorCache
 from handlers.role_handler import Item
-from handlers.settings import PatchedSettings
+from handlers.settings import UNetSettings
 from handlers.unet_forward import UNetHandler
-from protocol.errors import Malformed
-from protocol.messages import LoraUse, StepCache, UNetForward
+from luna_protocol.errors import Malformed
+from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from tests import checkpoints
 
 
@@ -23,7 +23,7 @@ def home(tmp_path_factory):
 
 def handler(home, overlay_mb):
     made = UNetHandler()
-    made.settings = PatchedSettings(
+    made.settings = UNetSettings(
         role="unet", home=home, checkpoint="tiny.safetensors", lora_overlay_mb=overlay_mb, dtype="fp32"
     )
     made.device, made.dtype, made.tensors = torch.device("cpu"), torch.float32, TensorCache(1)

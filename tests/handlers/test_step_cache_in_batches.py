@@ -10,9 +10,9 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handlers.unet_forward import UNetHandler
-from protocol.blob import pack, unpack
-from protocol.errors import Broken, Impossible, from_json
-from protocol.messages import LoraUse, StepCache, UNetForward
+from luna_protocol.blob import pack, unpack
+from luna_protocol.errors import Broken, Impossible, from_json
+from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from tests import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]

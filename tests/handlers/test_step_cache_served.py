@@ -7,8 +7,8 @@ import torch
 import urllib3
 from safetensors.torch import save_file
 
-from protocol.errors import Impossible, Malformed
-from protocol.messages import LoraUse, StepCache, UNetForward
+from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from tests import checkpoints
 
 WIDTH = checkpoints.SHAPES["tiny_sd15"].unet.channels

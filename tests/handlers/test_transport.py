@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from handlers import transport
-from protocol.blob import Blob
-from protocol.errors import TooLarge
-from protocol.messages import Readiness, Ready
+from luna_protocol.blob import Blob
+from luna_protocol.errors import TooLarge
+from luna_protocol.messages import Readiness, Ready
 
 CONFIG = Path(__file__).resolve().parent.parent.parent / "config.properties"
 

@@ -12,8 +12,8 @@ import pytest
 
 from handlers.engine.memory_budget import Budgets
 from handlers.worker_state import KEEPER, WorkerState, live_workers
-from protocol.errors import Broken, OutOfMemory
-from protocol.messages import Worker
+from luna_protocol.errors import Broken, OutOfMemory
+from luna_protocol.messages import Worker
 
 MB = 10**6
 CLAIM = """
@@ -21,8 +21,8 @@ import os, sys
 from pathlib import Path
 from handlers.engine.memory_budget import Budgets
 from handlers.worker_state import WorkerState
-from protocol.errors import OutOfMemory
-from protocol.messages import Worker
+from luna_protocol.errors import OutOfMemory
+from luna_protocol.messages import Worker
 state = WorkerState(Path(sys.argv[1]), sys.argv[2], Worker(pid=os.getpid(), state="loading", device="cpu"))
 try:
     state.claim(40_000_000, Budgets.parse("cpu=100MB"), seconds=float(sys.argv[3]))

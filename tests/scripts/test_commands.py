@@ -34,9 +34,9 @@ def command(name: str, *arguments: str | Path) -> list[str | Path]:
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """serve.py with an empty store, once it is ready; its output is in `output` under the home."""
-    said = (tmp_path / "output").read_text
-    with (tmp_path / "output").open("wb") as output:
+    """serve.py with an empty store, once it is ready; its output is in said.txt under the home."""
+    said = (tmp_path / "said.txt").read_text
+    with (tmp_path / "said.txt").open("wb") as output:
         process = subprocess.Popen(
             command("serve", "--port", "0"),
             stdout=output,
@@ -73,7 +73,7 @@ def test_nothing_is_left_of_serve_whatever_ends_it(serving: subprocess.Popen, tm
     wait_for(lambda: not list(tmp_path.glob("lunaserve-*")))
     if name not in ("SIGKILL", "SIGHUP"):
         assert status == 0
-        assert (tmp_path / "output").read_text().rstrip().endswith("Stopped.")
+        assert (tmp_path / "said.txt").read_text().rstrip().endswith("Stopped.")
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_serve_ends_with_its_java_and_says_so(serving: subprocess.Popen, tmp_pat
     next(process for process in family if "java" in process.name()).kill()
     assert serving.wait(60) == 1
     wait_for(lambda: not any(process.is_running() for process in family), seconds=60)
-    assert "TorchServe ended by itself" in (tmp_path / "output").read_text()
+    assert "TorchServe ended by itself" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.slow

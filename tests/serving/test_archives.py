@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from protocol.errors import Malformed, NotFound
+from luna_protocol.errors import Malformed, NotFound
 from serving.archives import model_name, pack_checkpoint, pack_repository, refresh
 from serving.specs import FOLDER
 from tests.checkpoints import write
@@ -49,9 +49,9 @@ def test_an_archive_carries_our_code_and_nothing_else(checkpoint, home, store) -
     pack_checkpoint(checkpoint, store, home=home)
     with zipfile.ZipFile(store / "tiny.vae.mar") as packed:
         names = packed.namelist()
-    assert {"model-config.yaml", "vae_decode_save.py", "protocol/blob.py", "handlers/engine/vae.py"} <= set(names)
+    assert {"model-config.yaml", "vae_decode_save.py", "luna_protocol/blob.py", "handlers/engine/vae.py"} <= set(names)
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"MAR-INF", "model-config.yaml", "vae_decode_save.py", "protocol", "handlers"}
+    assert tops == {"MAR-INF", "model-config.yaml", "vae_decode_save.py", "luna_protocol", "handlers"}
     assert not [name for name in names if "__pycache__" in name]
 
 
@@ -88,11 +88,11 @@ def test_refresh_renews_the_code_and_keeps_the_settings(checkpoint, home, store)
     outdated = store / "outdated.zip"
     with zipfile.ZipFile(archive.path) as packed, zipfile.ZipFile(outdated, "w") as old:
         for name in packed.namelist():
-            old.writestr(name, b"raise SystemExit" if name == "protocol/blob.py" else packed.read(name))
+            old.writestr(name, b"raise SystemExit" if name == "luna_protocol/blob.py" else packed.read(name))
     outdated.replace(archive.path)
     assert [each.model for each in refresh(store) if each.written] == [archive.model]
     with zipfile.ZipFile(archive.path) as packed:
-        assert b"def unpack" in packed.read("protocol/blob.py")
+        assert b"def unpack" in packed.read("luna_protocol/blob.py")
     assert config_of(archive.path)["handler"]["dtype"] == "bf16"
 
 

@@ -12,8 +12,8 @@ import torch
 from comfy_client.server import Server
 from handlers.engine.checkpoints import weights_size
 from handlers.engine.memory_budget import Budgets
-from protocol.errors import LunaError, OutOfMemory
-from protocol.messages import UNetForward, Worker
+from luna_protocol.errors import LunaError, OutOfMemory
+from luna_protocol.messages import UNetForward, Worker
 from serving import keeper as keeper_module
 from serving.archives import pack_checkpoint, pack_repository
 from serving.keeper import Keeper, Registered

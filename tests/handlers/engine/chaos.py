@@ -21,8 +21,8 @@ from sqlalchemy import select
 
 from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.picture_records import PICTURES, PictureRecords
-from protocol.blob import pack
-from protocol.save_job import QueueStatus, SaveJob
+from luna_protocol.blob import pack
+from luna_protocol.save_job import QueueStatus, SaveJob
 from tests.handlers.engine.save_jobs import a_job, check_complete, files_under, latents
 from tests.handlers.engine.small_disk import filled, small_disk
 

@@ -19,7 +19,7 @@ from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.job_store import Limits
 from handlers.engine.picture_records import PictureRecords
-from protocol.save_job import QueueStatus, SaveJob
+from luna_protocol.save_job import QueueStatus, SaveJob
 from tests.handlers.engine.save_jobs import a_job, check_complete, decode, files_under, latents
 
 STEPS = {"fsync", "link", "unlink", "mkdir", "write", "commit"}

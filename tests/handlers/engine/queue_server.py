@@ -13,9 +13,9 @@ from torch import Tensor
 from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.picture_records import PictureRecords
-from protocol.blob import unpack
-from protocol.errors import LunaError
-from protocol.save_job import SaveJob
+from luna_protocol.blob import unpack
+from luna_protocol.errors import LunaError
+from luna_protocol.save_job import SaveJob
 from tests.handlers.engine.save_jobs import decode
 
 

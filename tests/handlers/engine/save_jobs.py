@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from handlers.engine.decode_queue import DecodeQueue
-from protocol.save_job import JobStatus, PictureGroup, QueueStatus, SaveJob
+from luna_protocol.save_job import JobStatus, PictureGroup, QueueStatus, SaveJob
 
 _numbers = itertools.count()
 

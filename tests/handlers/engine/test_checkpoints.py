@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from handlers.engine.checkpoints import detect, read_header, read_tensors
 from handlers.engine.unet import UNet
-from protocol.errors import Impossible, Malformed, NotFound
+from luna_protocol.errors import Impossible, Malformed, NotFound
 from tests import checkpoints
 from tests.handlers.engine.conftest import CPU
 

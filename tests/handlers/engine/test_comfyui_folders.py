@@ -6,7 +6,7 @@ import pytest
 
 from handlers.engine.comfyui_folders import comfyui_folders
 from handlers.engine.roots import Roots
-from protocol.errors import Malformed, NotFound
+from luna_protocol.errors import Malformed, NotFound
 
 
 @pytest.fixture

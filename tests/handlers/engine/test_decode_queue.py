@@ -13,8 +13,8 @@ from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.job_store import Limits
 from handlers.engine.picture_records import PictureRecords
-from protocol.errors import Impossible, Malformed, TooLarge, Unavailable
-from protocol.save_job import CancelJobs, Heatmap, PictureGroup, PurgeJobs, QueueStatus, RetryJobs
+from luna_protocol.errors import Impossible, Malformed, TooLarge, Unavailable
+from luna_protocol.save_job import CancelJobs, Heatmap, PictureGroup, PurgeJobs, QueueStatus, RetryJobs
 from tests.handlers.engine.save_jobs import a_job, check_complete, decode, files_under, latents, wait_for
 
 

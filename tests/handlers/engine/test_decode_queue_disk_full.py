@@ -8,8 +8,8 @@ from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.job_store import Limits
 from handlers.engine.picture_records import PictureRecords
-from protocol.errors import Unavailable
-from protocol.save_job import QueueStatus
+from luna_protocol.errors import Unavailable
+from luna_protocol.save_job import QueueStatus
 from tests.handlers.engine.save_jobs import a_job, check_complete, decode, files_under, latents, wait_for
 from tests.handlers.engine.small_disk import filled, small_disk
 

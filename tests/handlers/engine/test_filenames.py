@@ -17,7 +17,7 @@ from handlers.engine.filenames import (
     render,
     safe_name,
 )
-from protocol.errors import Malformed
+from luna_protocol.errors import Malformed
 
 NASTY = st.one_of(
     st.text(max_size=300),

@@ -11,7 +11,7 @@ from handlers.engine.image_writer import encode, thumbnail, to_8_bits
 from handlers.engine.picture_metadata import jpeg_exif
 from handlers.engine.png import png
 from handlers.engine.save_plan import warnings
-from protocol.save_job import PictureGroup, SaveJob
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 PROMPT = {"3": {"class_type": "KSampler", "inputs": {"seed": 7, "text": 'quote " and é'}}}
 WORKFLOW = {"nodes": [{"id": 1, "title": "日本"}], "version": 0.4}

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from handlers.engine.lora_files import LoraFiles, Source
 from handlers.engine.lora_names import Targets
-from protocol.blob import set_hash
-from protocol.errors import Impossible, Malformed, NotFound
+from luna_protocol.blob import set_hash
+from luna_protocol.errors import Impossible, Malformed, NotFound
 from tests.loras import file_of
 
 SHAPE = torch.Size([32, 64])

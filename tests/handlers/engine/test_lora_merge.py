@@ -37,12 +37,22 @@ def change(tensors: dict[str, Tensor], weight: Tensor, strength: float) -> Tenso
     t = {ending.removesuffix(".weight"): tensor for ending, tensor in tensors.items()}
     if "oft_blocks" in t:
         skew = t["oft_blocks"] - t["oft_blocks"].mT
-        eye = torch.eye(skew.shape[1], dtype=skew.dtype)
+        eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
         if "alpha" in t and skew.norm() + 1e-8 > t["alpha"]:
             skew = skew * t["alpha"].item() / (skew.norm() + 1e-8)
         turn = (eye + skew) @ torch.inverse(eye - skew)
+        if skew.ndim == 4:
+            return butterfly(turn * strength + (1 - strength) * eye, weight) * t["rescale"] - weight
         blocks = weight.reshape(*skew.shape[:2], *weight.shape[1:])
         return torch.einsum("bij,bi...->bj...", turn * strength - strength * eye, blocks).reshape(weight.shape)
+    if "a1" in t:
+        flat = weight.flatten(1)
+        if len(t["a1"]) == 3:
+            return (t["b2"] @ t["b1"] + (flat @ t["a2"]) @ t["a1"]).reshape(weight.shape)
+        mixed = torch.einsum("oj...,jk->ok...", torch.einsum("oi...,ij->oj...", weight, t["a1"]), t["a2"])
+        if weight.ndim == 2:
+            mixed = (weight @ t["a1"]) @ t["a2"]
+        return mixed + (t["b1"] @ t["b2"]).reshape(weight.shape)
     if "lora_mid" in t:
         # Tucker: every kernel position has its own core matrix between up and down.
         down = t["lora_down"][:, :, 0, 0]
@@ -62,6 +72,19 @@ def change(tensors: dict[str, Tensor], weight: Tensor, strength: float) -> Tenso
     return t["diff"]
 
 
+def butterfly(turns: Tensor, weight: Tensor) -> Tensor:
+    """Factor i turns blocks of rows, the two halves of each block 2**i * b/2 rows apart."""
+    side = turns.shape[-1]
+    for index, blocks in enumerate(turns):
+        gap = 2**index * side // 2
+        pairs = [row for start in range(0, len(weight), 2 * gap) for row in range(start, start + gap)]
+        rows = torch.tensor([each for row in pairs for each in (row, row + gap)])
+        turned = torch.einsum("bij,bj...->bi...", blocks, weight[rows].reshape(-1, side, *weight.shape[1:]))
+        weight = weight.clone()
+        weight[rows] = turned.reshape(weight.shape)
+    return weight
+
+
 def low_rank(t: dict[str, Tensor], name: str, core: str) -> Tensor:
     if name in t:
         return t[name]
@@ -72,8 +95,8 @@ def low_rank(t: dict[str, Tensor], name: str, core: str) -> Tensor:
 def ratio(tensors: dict[str, Tensor]) -> float:
     if "alpha" not in tensors or "oft_blocks" in tensors:
         return 1.0
-    full = not any(name.startswith(("lora_", "hada_")) or name.endswith("_b") for name in tensors)
-    rank_of = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+    full = not any(name.startswith(("lora_", "hada_", "a1")) or name.endswith("_b") for name in tensors)
+    rank_of = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2.weight")
     return 1.0 if full else tensors["alpha"].item() / len(next(tensors[n] for n in rank_of if n in tensors))
 
 

@@ -12,9 +12,9 @@ from handlers.engine.lora_files import LoraFiles
 from handlers.engine.lora_merge import Scaled, merge
 from handlers.engine.lora_names import unet_targets
 from handlers.engine.lora_overlays import Overlays, Stack
-from protocol.blob import set_hash
-from protocol.errors import Unavailable
-from protocol.messages import LoraUse
+from luna_protocol.blob import set_hash
+from luna_protocol.errors import Unavailable
+from luna_protocol.messages import LoraUse
 from tests import checkpoints
 from tests.handlers.engine.test_unet import arguments, load
 from tests.loras import file_of

@@ -3,7 +3,7 @@
 import pytest
 
 from handlers.engine.memory_budget import Budgets
-from protocol.errors import Malformed
+from luna_protocol.errors import Malformed
 
 
 def test_sizes_in_decimal_and_binary_units():

@@ -8,7 +8,7 @@ from sqlalchemy import select, text
 from handlers.engine.decode_queue import DecodeQueue
 from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.picture_records import PICTURES, PictureRecords
-from protocol.save_job import Heatmap, QueueStatus
+from luna_protocol.save_job import Heatmap, QueueStatus
 from tests.handlers.engine.postgres import postgres
 from tests.handlers.engine.save_jobs import a_job, check_complete, decode, latents, wait_for
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.engine.roots import Roots, confined, find
-from protocol.errors import LunaError, Malformed, NotFound
+from luna_protocol.errors import LunaError, Malformed, NotFound
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "C:\\x", "..\\x", "a\0b", "\\\\host\\x"])

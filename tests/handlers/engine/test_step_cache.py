@@ -5,7 +5,7 @@ import torch
 from handlers.engine.step_cache import StepCache, rows_of
 from handlers.engine.step_policies import Computed, policy
 from handlers.engine.unet import UNet
-from protocol.errors import Impossible, Malformed
+from luna_protocol.errors import Impossible, Malformed
 from tests.handlers.engine.conftest import CPU
 
 ALWAYS = (float("inf"), float("-inf"))

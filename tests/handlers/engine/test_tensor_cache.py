@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from handlers.engine.tensor_cache import TensorCache
-from protocol.blob import content_hash
-from protocol.errors import Malformed
+from luna_protocol.blob import content_hash
+from luna_protocol.errors import Malformed
 
 
 def filled(cache, count):

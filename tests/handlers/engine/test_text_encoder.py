@@ -3,7 +3,7 @@ import torch
 
 from handlers.engine import tokenizer
 from handlers.engine.text_encoder import TextEncoder
-from protocol.errors import Impossible
+from luna_protocol.errors import Impossible
 from tests import reference
 from tests.handlers.engine.conftest import CPU
 

@@ -3,7 +3,7 @@ import torch
 
 from handlers.engine.unet import UNet
 from handlers.engine.unet_layout import UNetLayout
-from protocol.errors import Malformed
+from luna_protocol.errors import Malformed
 from tests import checkpoints, reference
 from tests.handlers.engine.conftest import CPU
 
@@ -105,6 +105,13 @@ def test_layout_is_read_from_shapes(tiny):
     assert layout.input_depths == ((0, 0), (1, 1), (2, 2))
     assert layout.output_depths == ((2, 2, 2), (1, 1, 1), (0, 0, 0))
     assert (layout.context_dim, layout.adm_channels, layout.use_linear) == (shape.context, shape.y_features, True)
+
+
+@pytest.mark.parametrize("shape", FAMILIES)
+def test_names_lead_there_and_back(tiny, shape):
+    unet = load(tiny, shape)
+    back = {theirs: original for original, theirs in unet.names.items()}
+    assert unet.layout.original_names(unet.model.state_dict()) == back
 
 
 def test_a_missing_block_is_named(tiny):

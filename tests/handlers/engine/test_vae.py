@@ -3,8 +3,8 @@ import torch
 
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.vae import VAE
-from protocol.errors import Impossible
-from protocol.messages import Tiling
+from luna_protocol.errors import Impossible
+from luna_protocol.messages import Tiling
 from tests import checkpoints, reference
 from tests.handlers.engine.conftest import CPU
 

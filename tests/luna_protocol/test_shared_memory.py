@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from protocol import shared_memory
-from protocol.errors import NoSharedMemory
-from protocol.shared_memory import FOLDER, Attachments, Segment, sweep
+from luna_protocol import shared_memory
+from luna_protocol.errors import NoSharedMemory
+from luna_protocol.shared_memory import FOLDER, Attachments, Segment, sweep
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm here; HTTP bodies carry the blobs")
 
 ROOT = Path(__file__).resolve().parents[2]
-MAKER = "import sys, time; from protocol.shared_memory import Segment; s = Segment(4096); print(s.name, flush=True)"
+MAKER = (
+    "import sys, time; from luna_protocol.shared_memory import Segment; s = Segment(4096); print(s.name, flush=True)"
+)
 
 
 def made_elsewhere(then: str):
@@ -150,7 +152,8 @@ def test_sweeping_removes_what_the_dead_left_and_nothing_else():
 def test_a_killed_worker_takes_nothing_with_it():
     """What it had attached to stays: its maker still uses it."""
     segment = Segment(4096)
-    code = f"from protocol.shared_memory import Attachments; v = Attachments().view({segment.name!r}, 9); v[:2] = b'ok'"
+    view = f"Attachments().view({segment.name!r}, 9)"
+    code = f"from luna_protocol.shared_memory import Attachments; v = {view}; v[:2] = b'ok'"
     subprocess.run([sys.executable, "-c", code + "; import os; os.kill(os.getpid(), 9)"], cwd=ROOT)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert bytes(segment.buffer[:2]) == b"ok"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from protocol.errors import NoSharedMemory
+from luna_protocol.errors import NoSharedMemory
 
 try:
     import fcntl

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
 
-from protocol import PROTOCOL_VERSION
-from protocol.errors import Impossible, Malformed, VersionMismatch
+from luna_protocol import PROTOCOL_VERSION
+from luna_protocol.errors import Impossible, Malformed, VersionMismatch
 
 ContentHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -182,10 +182,11 @@ class ClipText(Patched):
 
 class ClipOutput(Message):
     """Tensors: hidden [N, T, D] and pooled [N, P] float32 (for `ClipText`, T is 77 per section and encoders stand
-    side by side)."""
+    side by side). lora and unmerged: as in `UNetOutput`."""
 
     kind: Literal["clip_output"] = "clip_output"
     lora: list[LoraReport] = []
+    unmerged: bool = False
 
 
 class Tiling(Message):

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from protocol.errors import Malformed, TooLarge
+from luna_protocol.errors import Malformed, TooLarge
 
 METADATA_KEY = "luna"
 MAX_HEADER_BYTES = 4 << 20

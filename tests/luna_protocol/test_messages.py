@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from protocol import errors
-from protocol.errors import Impossible, Internal, LunaError, Malformed, Unavailable, VersionMismatch, from_json
-from protocol.messages import ClipText, RepositoryIndex, UNetForward, VaeDecode, parse_request
+from luna_protocol import errors
+from luna_protocol.errors import Impossible, Internal, LunaError, Malformed, Unavailable, VersionMismatch, from_json
+from luna_protocol.messages import ClipText, RepositoryIndex, UNetForward, VaeDecode, parse_request
 
 ALL = (UNetForward, ClipText, VaeDecode, RepositoryIndex)
 

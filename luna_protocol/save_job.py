@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
-from protocol.messages import Message, Name, Request
+from luna_protocol.messages import Message, Name, Request
 
 # Lower case only: ids that differ in case alone must not meet in one file name on Windows or macOS.
 JobId = Annotated[str, StringConstraints(pattern=r"^[0-9a-z][0-9a-z_-]{7,63}$")]

@@ -5,9 +5,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from protocol.blob import Blob, content_hash, pack, set_hash, unpack
-from protocol.errors import Malformed
-from protocol.messages import UNetForward
+from luna_protocol.blob import Blob, content_hash, pack, set_hash, unpack
+from luna_protocol.errors import Malformed
+from luna_protocol.messages import UNetForward
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from protocol.errors import Impossible, Malformed
-from protocol.messages import parse_request
-from protocol.save_job import CancelJobs, PurgeJobs, QueueStatus, SaveJob
+from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.messages import parse_request
+from luna_protocol.save_job import CancelJobs, PurgeJobs, QueueStatus, SaveJob
 
 JOB = {
     "kind": "decode_and_save",
