@@ -8,6 +8,7 @@ writing the same bytes durably?
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,7 +22,7 @@ from handlers.engine.decode_worker import DecodeWorker
 from handlers.engine.image_writer import encode
 from handlers.engine.picture_records import PictureRecords
 from luna_protocol.blob import pack
-from luna_protocol.messages import UNetForward, VaeDecode
+from luna_protocol.messages import DescribeModel, UNetForward, VaeDecode
 from luna_protocol.save_job import Heatmap, PictureGroup, QueueStatus, SaveJob
 from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import ROOT
@@ -43,15 +44,16 @@ def main() -> None:
         )
         models = [archive.model for archive in archives if not archive.model.endswith(".clip")]
         with serving(home, models) as (_, server):
-            ratio = ten_batches(server, checkpoint.stem, home, 1.0 if options.quick else 3.0)
-            over_fsync = submit(server, home, 10 if options.quick else 50)
-        origin = origin_mix(home / "origin", 0.1 if options.quick else 1.0)
+            ratio = ten_batches(server, checkpoint.stem, home, 16 if options.quick else 32)
+            over_fsync = submit(server, home, 15 if options.quick else 50)
+        origin = origin_mix(home / "origin", 0.2 if options.quick else 1.0)
     conclude({"ratio_to_bound": ratio, "origin_mix_s": origin, "submit_over_fsync": over_fsync})
 
 
-def ten_batches(server: Server, checkpoint: str, home: Path, seconds: float) -> float:
-    """Time of ten asynchronous batches over the bound; a batch samples for about `seconds`."""
-    latent = torch.randn(2, 4, 32, 32)
+def ten_batches(server: Server, checkpoint: str, home: Path, side: int) -> float:
+    """Time of ten asynchronous batches of latents `side` x `side` over the bound. A batch samples half as long again
+    as it takes to decode and save it, about as in the origin's mix."""
+    latent = torch.randn(2, 4, side, side)
     context = torch.randn(2, 77, _context_width(server))
     tensors = {"x": latent, "timesteps": torch.full((2,), 500.0), "context": context}
 
@@ -68,8 +70,8 @@ def ten_batches(server: Server, checkpoint: str, home: Path, seconds: float) -> 
         for row, image in enumerate(images):
             (home / f"{uuid4().hex}.png").write_bytes(encode(image, job, job.groups[0], row))
 
-    alone = in_turns({"step": step, "save": save_and_wait}, 3, 3)
-    steps = max(1, round(seconds / (median_ms(alone["step"]) / 1e3)))
+    alone = in_turns({"step": step, "save": save_and_wait}, 3, 2, warm_up=1)
+    steps = max(1, round(1.5 * median_ms(alone["save"]) / median_ms(alone["step"])))
 
     def sample() -> None:
         for _ in range(steps):
@@ -90,7 +92,7 @@ def ten_batches(server: Server, checkpoint: str, home: Path, seconds: float) -> 
     asynchronous = time.perf_counter() - begun
     bound = BATCHES * max(sampling, saving) + min(sampling, saving)
     show(
-        f"Ten batches of two 256 x 256 pictures, {checkpoint}, on {os.cpu_count()} cores",
+        f"Ten batches of two {8 * side} x {8 * side} pictures, {checkpoint}, on {os.cpu_count()} cores",
         ["", "seconds", "over the bound"],
         [
             ["one batch, sampled alone", sampling, ""],
@@ -125,12 +127,24 @@ def submit(server: Server, home: Path, calls: int) -> float:
             os.fsync(handle)
             os.close(handle)
 
-    ways = {
-        "the node's call": lambda: server.call("bench.vae", a_job(heatmaps=heatmaps), tensors),
-        "file and folder synced": write_durably,
-        "file synced, its name not": write_file,
+    def save_alone() -> float:
+        """Seconds of the call; the next one begins when the worker is at rest, as it is between two samplings."""
+        job = a_job(heatmaps=heatmaps)
+        begun = time.perf_counter()
+        server.call("bench.vae", job, tensors)
+        taken = time.perf_counter() - begun
+        _wait(server, [job.job_id])
+        return taken
+
+    seconds: dict[str, list[float]] = {
+        "the node's call": [],
+        "file and folder synced": [],
+        "file synced, its name not": [],
     }
-    taken = {name: median_ms(seconds) for name, seconds in in_turns(ways, calls, 1).items()}
+    for _ in range(calls):
+        for name, way in zip(seconds, (save_alone, _timed(write_durably), _timed(write_file)), strict=True):
+            seconds[name].append(way())
+    taken = {name: median_ms(each) for name, each in seconds.items()}
     call, durable = taken["the node's call"], taken["file and folder synced"]
     rows = [[name, ms, call / ms] for name, ms in taken.items()]
     show(f"Accepting {len(body) // 1024} KiB", ["", "ms", "the call takes, times this"], rows)
@@ -176,6 +190,15 @@ def origin_mix(home: Path, scale: float) -> float:
     return took
 
 
+def _timed(way: Callable[[], None]) -> Callable[[], float]:
+    def timed() -> float:
+        begun = time.perf_counter()
+        way()
+        return time.perf_counter() - begun
+
+    return timed
+
+
 def a_job(**fields) -> SaveJob:
     group = PictureGroup(source="latent", tensor="latent", format="png")
     return SaveJob(job_id=uuid4().hex, groups=[group], created=time.time(), **fields)
@@ -194,8 +217,6 @@ def _wait(server: Server, jobs: list[str]) -> None:
 
 
 def _context_width(server: Server) -> int:
-    from luna_protocol.messages import DescribeModel
-
     shapes = server.call("repository", DescribeModel(model="bench.unet"))[0]["shapes"]
     return next(
         shape[1] for part in shapes.values() for name, shape in part.items() if name.endswith("attn2.to_k.weight")

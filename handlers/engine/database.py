@@ -25,8 +25,8 @@ def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None
     for pragma in (
         "busy_timeout = 60000",
-        # Pages of 32 KiB write a latent of 1 MB in a third of the time of the default's 4 KiB.
-        "page_size = 32768",
+        # Pages of 16 KiB write a latent of 1 MB in half the time of the default's 4 KiB.
+        "page_size = 16384",
         "auto_vacuum = INCREMENTAL",
         "journal_mode = WAL",
         # FULL: WAL's usual NORMAL may forget the last transactions when the power fails.
