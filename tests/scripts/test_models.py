@@ -22,7 +22,7 @@ DECLARED = ("LunaRequests", "LunaRunSeconds_sum", "LunaBatchSize_count", "LunaWe
 
 @contextmanager
 def serving(environment: dict[str, str], home: Path, port: int, *arguments: str | Path) -> Iterator[None]:
-    with (home / "output").open("w") as output:
+    with (home / "serve.log").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, ROOT / "scripts" / "serve.py", "--port", str(port), *arguments],
             env=environment,
@@ -31,12 +31,12 @@ def serving(environment: dict[str, str], home: Path, port: int, *arguments: str 
         )
     try:
         deadline = time.monotonic() + 500
-        while READY not in (home / "output").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (home / "output").read_text()
+        while READY not in (home / "serve.log").read_text():
+            assert process.poll() is None and time.monotonic() < deadline, (home / "serve.log").read_text()
             time.sleep(0.5)
         yield
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0, (home / "output").read_text()
+        assert process.wait(120) == 0, (home / "serve.log").read_text()
     finally:
         process.kill()
         process.wait()

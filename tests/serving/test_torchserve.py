@@ -163,7 +163,7 @@ def test_plain_torchserve_serves_the_store(tmp_path) -> None:
     try:
         addresses = f"http://127.0.0.1:{ports.inference}", f"http://127.0.0.1:{ports.management}"
         server = Server(*addresses, tmp_path / "key_file.json")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not server.ping():
             assert time.monotonic() < deadline
             time.sleep(0.2)
