@@ -71,7 +71,7 @@ class UNetHandler(PatchedHandler):
         self._cache_rows(item)
 
     def rows(self, item: Item[UNetForward]) -> int | None:
-        # A cache's later evaluations reuse what earlier ones left, and those must not differ by how LoRAs were applied.
+        # The step cache runs parts of a batch, whose rows nothing beside the weights could tell apart.
         return None if item.request.step_cache else len(item.tensors["x"])
 
     def may_leave(self, item: Item[UNetForward]) -> bool:
