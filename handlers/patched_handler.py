@@ -35,10 +35,6 @@ class PatchedHandler(RoleHandler):
         rows with other LoRAs."""
         return None
 
-    def may_leave(self, item: Item) -> bool:
-        """Whether rows of this request may leave the batch while it runs."""
-        return False
-
     def take_loras(self, model: nn.Module, targets: Targets) -> None:
         """Prepares for patching `model`, whose parameters `targets` names."""
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -67,12 +63,11 @@ class PatchedHandler(RoleHandler):
         return replies
 
     def _run(self, items: list[Item[Patched]]) -> list[Reply]:
-        """Row-wise beside the weights where one overlay for each stack would not fit in memory and every stack can do
-        without merging; else stack by stack, merged if that one fits."""
+        """Row-wise beside the weights where one overlay for each stack would not fit in memory and every request can do
+        without merging; else stack by stack, by the same rule for each stack alone."""
         stacks = list(dict.fromkeys(item.stack for item in items))
         beside = self._beside(items, stacks)
-        # The side path finds a row's LoRAs by its place in the batch, which a row that leaves early changes for others.
-        if len(stacks) > 1 and (not beside or any(map(self.may_leave, items))):
+        if len(stacks) > 1 and not beside:
             return self._stack_by_stack(items, stacks)
         if beside:
             patched = self.overlays.unmerged([(item.stack, self.rows(item)) for item in items])

@@ -71,11 +71,8 @@ class UNetHandler(PatchedHandler):
         self._cache_rows(item)
 
     def rows(self, item: Item[UNetForward]) -> int | None:
-        # The step cache runs parts of a batch, whose rows nothing beside the weights could tell apart.
+        # The side path finds a row's LoRAs by its place in the batch, and the step cache runs parts of a batch.
         return None if item.request.step_cache else len(item.tensors["x"])
-
-    def may_leave(self, item: Item[UNetForward]) -> bool:
-        return item.request.step_cache is not None
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))

@@ -16,7 +16,7 @@ from diffusers import AutoencoderTiny
 from training import progress, shapes
 
 WIDTH = 32
-STEPS = 1400
+STEPS = 1600
 BATCH = 12
 CROP = 64  # pixels; the network is convolutional, and small crops cost a quarter of the picture
 POOL = 2000  # pictures
