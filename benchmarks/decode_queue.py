@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks._bench import arguments, conclude, in_turns, median_ms, scratch_home, serving, show
 from comfy_client.server import Server
-from handlers.engine.decode_queue import DecodeQueue
-from handlers.engine.decode_worker import DecodeWorker
-from handlers.engine.image_writer import encode
-from handlers.engine.picture_records import PictureRecords
+from handlers.engine.saving.decode_queue import DecodeQueue
+from handlers.engine.saving.decode_worker import DecodeWorker
+from handlers.engine.saving.image_writer import encode
+from handlers.engine.saving.picture_records import PictureRecords
 from luna_protocol.blob import pack
 from luna_protocol.messages import DescribeModel, UNetForward, VaeDecode
 from luna_protocol.save_job import Heatmap, PictureGroup, QueueStatus, SaveJob

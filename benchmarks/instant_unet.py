@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from handlers.engine.lora_names import unet_targets
+from handlers.engine.lora.names import unet_targets
 from handlers.engine.step_cache import StepCache
 from handlers.unet_forward import UNetHandler
 

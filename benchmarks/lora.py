@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from benchmarks._bench import arguments, conclude, in_turns, scratch_home, show
 from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.lora_files import LoraFiles
-from handlers.engine.lora_names import unet_targets
-from handlers.engine.lora_overlays import Overlays, Stack
+from handlers.engine.lora.files import LoraFiles
+from handlers.engine.lora.names import unet_targets
+from handlers.engine.lora.overlays import Overlays, Stack
 from handlers.engine.unet import UNet
 from luna_protocol.messages import LoraUse
 from tests import checkpoints

@@ -18,11 +18,11 @@ import torch
 from benchmarks._bench import arguments, conclude, pack_handler, scratch_home, serving, show
 from benchmarks.transport import ALONE, COMMON, HERE, step, step_tensors
 from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.decode_queue import DecodeQueue
-from handlers.engine.job_store import Limits
-from handlers.engine.lora_files import LoraFiles
-from handlers.engine.lora_names import unet_targets
-from handlers.engine.lora_overlays import Overlays
+from handlers.engine.lora.files import LoraFiles
+from handlers.engine.lora.names import unet_targets
+from handlers.engine.lora.overlays import Overlays
+from handlers.engine.saving.decode_queue import DecodeQueue
+from handlers.engine.saving.job_store import Limits
 from handlers.engine.unet import UNet
 from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from luna_protocol.save_job import PictureGroup, SaveJob

@@ -277,10 +277,10 @@ class Server:
             return Unavailable(f"{model} is full, loading, or has no worker", "try again", retry_after=0.5)
         if not description["workers"]:
             return Unavailable(f"{model} is registered with no worker", f"scripts/models.py load {model}")
-        if description["jobQueueStatus"]["remainingCapacity"] == 0:
-            waiting = description["jobQueueStatus"]["pendingRequests"]
-            return Full(f"{waiting} requests wait for {model} already", "try again, or add workers", retry_after=0.5)
-        return Loading(f"the workers of {model} are starting", "try again", retry_after=0.5)
+        if not any(worker["status"] == "READY" for worker in description["workers"]):
+            return Loading(f"the workers of {model} are starting", "try again", retry_after=0.5)
+        waiting = description["jobQueueStatus"]["pendingRequests"]
+        return Full(f"{waiting} requests wait for {model} already", "try again, or add workers", retry_after=0.5)
 
     def _manage(self, method: str, path: str) -> Any:
         response = self._send(method, self.management, path, "management")

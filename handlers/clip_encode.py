@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from handlers.engine import tokenizer
 from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.lora_names import text_targets
+from handlers.engine.lora.names import text_targets
 from handlers.engine.text_encoder import TextEncoder
 from handlers.patched_handler import PatchedHandler
 from handlers.role_handler import Item, Reply

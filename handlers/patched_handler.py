@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from handlers.engine.lora_files import LoraFiles
-from handlers.engine.lora_names import Targets
-from handlers.engine.lora_overlays import Match, Overlays
+from handlers.engine.lora.files import LoraFiles
+from handlers.engine.lora.names import Targets
+from handlers.engine.lora.overlays import Match, Overlays
 from handlers.role_handler import Item, Reply, RoleHandler
 from luna_protocol.errors import Malformed
 from luna_protocol.messages import LoraReport, Patched

@@ -6,7 +6,7 @@ from typing import Any
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
-from handlers.engine.decode_queue import DecodeQueue
+from handlers.engine.saving.decode_queue import DecodeQueue
 from luna_protocol.save_job import QueueStatus
 
 _HISTOGRAMS = {

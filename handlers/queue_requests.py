@@ -1,7 +1,7 @@
 """What may be asked of the decode queue: of a VAE's workers, and of the repository."""
 
-from handlers.engine.decode_queue import DecodeQueue
-from handlers.engine.job_store import Limits
+from handlers.engine.saving.decode_queue import DecodeQueue
+from handlers.engine.saving.job_store import Limits
 from handlers.settings import QueueSettings
 from luna_protocol.messages import Message, Request
 from luna_protocol.save_job import CancelJobs, PurgeJobs, QueueStatus, RetryJobs

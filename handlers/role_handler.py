@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import weights_size
-from handlers.engine.lora_overlays import Stack
+from handlers.engine.lora.overlays import Stack
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
 from handlers.metrics import HandlerMetrics

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.lora_names import unet_targets
+from handlers.engine.lora.names import unet_targets
 from handlers.engine.step_cache import Outcome, Row, StepCache, rows_of
 from handlers.engine.step_presets import Presets
 from handlers.engine.unet import Control, UNet

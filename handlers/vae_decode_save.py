@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.decode_worker import DecodeWorker
-from handlers.engine.decoding import decode_pictures
-from handlers.engine.picture_records import PictureRecords
+from handlers.engine.saving.decode_worker import DecodeWorker
+from handlers.engine.saving.decoding import decode_pictures
+from handlers.engine.saving.picture_records import PictureRecords
+from handlers.engine.saving.watcher import Watcher
 from handlers.engine.vae import SCALE, VAE
-from handlers.engine.watcher import Watcher
 from handlers.queue_metrics import QueueMetrics
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler

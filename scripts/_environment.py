@@ -1,4 +1,4 @@
-"""Goes on in an interpreter that has what requirements.txt pins, made in .venv if need be. Standard library only."""
+"""Goes on in an interpreter with the pins of requirements-server.txt, made in .venv if need be. Standard library only."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 OLDEST = (3, 11)
 
 
-def ensure(requirements: str = "requirements.txt") -> float:
+def ensure(requirements: str = "requirements-server.txt") -> float:
     """Return in an interpreter that holds every pinned package, with the repository itself importable.
 
     The result is when the user started the script, as `time.time()` has it.

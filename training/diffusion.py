@@ -13,7 +13,7 @@ from handlers.engine.unet_layout import UNetLayout
 from training import progress, shapes, text
 from training.autoencoder import latents
 
-STEPS = 6000
+STEPS = 5000
 BATCH = 16
 RATE = 6e-4
 DROPPED = 0.1  # share of captions left empty, so that classifier-free guidance works

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handlers.engine.lora_files import LoraFiles
-from handlers.engine.lora_merge import Scaled, merge
-from handlers.engine.lora_names import Targets
+from handlers.engine.lora.files import LoraFiles
+from handlers.engine.lora.merge import Scaled, merge
+from handlers.engine.lora.names import Targets
 from tests.loras import FORMATS, ONLY_3X3, file_of
 
 SHAPES = {

@@ -15,7 +15,7 @@ from luna_protocol.blob import pack
 from luna_protocol.errors import Impossible, Malformed
 from luna_protocol.messages import RepositoryIndex, VaeDecode
 from luna_protocol.save_job import CancelJobs, JobStatus, PurgeJobs, QueueReport, QueueStatus, SaveAccepted, SaveJob
-from tests.handlers.engine.save_jobs import a_job, check_complete
+from tests.handlers.engine.saving.save_jobs import a_job, check_complete
 
 
 @pytest.fixture(scope="module")

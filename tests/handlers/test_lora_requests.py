@@ -14,9 +14,9 @@ import urllib3
 from safetensors.torch import load_file, save_file
 
 from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.lora_files import LoraFiles
-from handlers.engine.lora_names import text_targets, unet_targets
-from handlers.engine.lora_overlays import Overlays
+from handlers.engine.lora.files import LoraFiles
+from handlers.engine.lora.names import text_targets, unet_targets
+from handlers.engine.lora.overlays import Overlays
 from handlers.engine.text_encoder import TextEncoder
 from handlers.engine.unet import UNet
 from luna_protocol.blob import set_hash

@@ -38,7 +38,7 @@ def repository(tmp_path: Path) -> Path:
     (root / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "_environment.py", root / "scripts")
     (root / "scripts" / "probe.py").write_text(PROBE)
-    (root / "requirements.txt").write_text("# pins\nluna-probe==1.0  # why\n")
+    (root / "requirements-server.txt").write_text("# pins\nluna-probe==1.0  # why\n")
     wheel(tmp_path / "wheels", "1.0")
     wheel(tmp_path / "wheels", "1.1")
     return root
@@ -62,12 +62,12 @@ def test_the_environment_is_made_used_again_and_brought_up_to_date(repository: P
     assert len(second.stdout.splitlines()) == 1 and second.stdout.startswith("1.0 ")
     assert time.monotonic() - begun < 10
 
-    (repository / "requirements-dev.txt").write_text("-r requirements.txt\n")
-    (repository / "requirements.txt").write_text("luna-probe==1.1\n")
+    (repository / "requirements-dev.txt").write_text("-r requirements-server.txt\n")
+    (repository / "requirements-server.txt").write_text("luna-probe==1.1\n")
     third = start(repository)
     assert third.stdout.splitlines()[-1].startswith("1.1 ")
 
-    (repository / "requirements.txt").write_text("luna-probe==9.9\n")
+    (repository / "requirements-server.txt").write_text("luna-probe==9.9\n")
     fourth = start(repository)
     assert fourth.returncode != 0 and "pip failed" in fourth.stderr
 

@@ -1,0 +1,195 @@
+"""Works on the decode queue in threads of its process.
+
+    claim -> decode (one thread, the device) -> encode and write (threads, the CPU) -> stage -> put in place -> finish
+
+The next job is decoded while the former is encoded and written. A job belongs to the worker that claimed it, and goes
+to another when that one dies (job_owner.py) or its lease ends.
+
+Where a kill can hit, and what the next worker finds:
+  before `submit` commits      nothing; the client was not told anything and sends the job again
+  until `stage` commits        the job, and perhaps temporary files: they are removed and the job is done again
+  until `finish` commits       complete temporary files, some under their final names by now: the rest is put in place
+"""
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy.exc import DBAPIError
+from torch import Tensor
+
+from handlers.engine.saving.database import tidy
+from handlers.engine.saving.decode_queue import DecodeQueue
+from handlers.engine.saving.job_owner import Owner
+from handlers.engine.saving.job_store import Claim, LostClaim
+from handlers.engine.saving.job_work import Decoded, JobWork, Observe
+from handlers.engine.saving.picture_metadata import plain
+from handlers.engine.saving.picture_records import PictureRecords
+from handlers.engine.saving.watcher import Watcher
+from luna_protocol.errors import Impossible, LunaError, Malformed, TooLarge
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.25  # seconds until a job is found that another process has accepted
+_TEND = 1.0
+_PURGE = 3600.0
+
+
+class DecodeWorker:
+    """One of the workers of `queue`.
+
+    Args:
+        decode: latent [B, C, h, w] to images [B, H, W, 3] in 0..1; called from one thread.
+        model: whose jobs to take, as given to `submit`.
+        records: where `database_store` jobs write a row per picture.
+        watcher: is told of every picture of such a job.
+        writers: jobs being encoded and written at a time.
+        observe: is called with a name (queue_wait, decode, write, total) and seconds, from any thread.
+    """
+
+    def __init__(
+        self,
+        queue: DecodeQueue,
+        decode: Callable[[Tensor], Tensor],
+        *,
+        records: PictureRecords,
+        model: str = "",
+        watcher: Watcher | None = None,
+        writers: int = 2,
+        observe: Observe = lambda name, seconds: None,
+    ):
+        self._queue, self._store = queue, queue.store
+        self._model = model
+        self._observe = _harmless(observe)
+        self._owner = Owner(queue.owners)
+        self._mine: set[int] = set()
+        self._stopping = threading.Event()
+        self._free_writers = threading.Semaphore(writers)
+        self._writers = ThreadPoolExecutor(writers, thread_name_prefix="write")
+        self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="encode")
+        self._work = JobWork(queue.store, queue.output, decode, self._encoders, records, watcher, self._observe)
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._tended = self._purged = -_PURGE
+        self._untidy = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the jobs at hand; waiting ones stay in the spool."""
+        self._stopping.set()
+        self._queue.submitted.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._writers.shutdown()
+        self._encoders.shutdown()
+        self._owner.release()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._tend()
+                claim = self._store.claim(self._owner.id, self._model)
+                self._rest() if claim is None else self._begin(claim)
+            except Exception:
+                log.exception("the decode queue stumbled, and goes on")
+                self._stopping.wait(_TEND)
+
+    def _begin(self, claim: Claim) -> None:
+        """Decodes, and leaves the rest to a writer."""
+        self._mine.add(claim.number)
+        decoded = None
+        try:
+            if not claim.staged:
+                self._observe("queue_wait", time.time() - claim.submitted)
+                decoded = self._work.decode(claim)
+        except Exception as error:
+            self._fail(claim, error)
+        else:
+            self._free_writers.acquire()
+            self._writers.submit(self._end, claim, decoded)
+
+    def _end(self, claim: Claim, decoded: Decoded | None) -> None:
+        try:
+            if decoded is None:
+                self._work.put_in_place(claim, None, None)
+            else:
+                seconds = max(decoded.seconds, self._work.write(claim, decoded))
+                self._work.put_in_place(claim, decoded.job, seconds)
+        except Exception as error:
+            self._fail(claim, error)
+        else:
+            self._mine.discard(claim.number)
+        finally:
+            self._untidy = True
+            self._free_writers.release()
+
+    def _fail(self, claim: Claim, error: Exception) -> None:
+        try:
+            self._tell_failure(claim, error)
+        except Exception:
+            # `_tend` finds it: a job that is this worker's and that it does not work on.
+            log.exception("the failure of job %s could not be written down", claim.job_id)
+        finally:
+            self._mine.discard(claim.number)
+
+    def _tell_failure(self, claim: Claim, error: Exception) -> None:
+        if isinstance(error, LostClaim):
+            log.info("job %s was cancelled or taken over", claim.job_id)
+            return
+        log.warning("job %s failed", claim.job_id, exc_info=error)
+        reason = str(error) if isinstance(error, LunaError) else f"{type(error).__name__}: {error}"
+        forever = isinstance(error, Malformed | Impossible | TooLarge)
+        self._store.fail(claim, plain(reason), forever=forever, counts=not _is_of_the_machine(error))
+
+    def _tend(self) -> None:
+        """Takes jobs over whose workers are gone, and forgets old ones."""
+        now = time.monotonic()
+        if now < self._tended + _TEND:
+            return
+        self._tended = now
+        # Before the jobs are read: whoever is dead by now claims no more of them.
+        mine, dead = set(self._mine), self._owner.dead()
+        held = self._store.held()
+        for row in held:
+            if row.owner == self._owner.id:
+                gone = row.number not in mine
+            else:
+                gone = row.owner in dead or row.lease_until < time.time()
+            if gone:
+                if not row.staged:
+                    self._work.remove_parts(row.number, row.job_id, row.claim)
+                self._store.take_from_dead(row)
+        self._owner.forget(dead - {row.owner for row in held})
+        if now > self._purged + _PURGE:
+            self._purged = now
+            self._store.purge(("done", "cancelled"), self._store.limits.keep)
+
+    def _rest(self) -> None:
+        if self._untidy and not self._mine:
+            self._untidy = False
+            tidy(self._queue.engine)
+        self._queue.submitted.wait(_POLL)
+        self._queue.submitted.clear()
+
+
+def _harmless(observe: Observe) -> Observe:
+    """`observe`, whose own faults must not cost a picture."""
+
+    def observed(name: str, seconds: float) -> None:
+        try:
+            observe(name, seconds)
+        except Exception:
+            log.exception("%s of %.3f s was not observed", name, seconds)
+
+    return observed
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Disk full, database gone: no fault of the job, which waits as long as it takes."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, DBAPIError)
