@@ -1,4 +1,4 @@
-"""Goes on in an interpreter with the pins of requirements-server.txt, made in .venv if need be. Standard library only."""
+"""Goes on under the pins of requirements-server.txt, in .venv if need be. Standard library only."""
 
 import os
 import re
