@@ -1,3 +1,4 @@
+import importlib
 import json
 from dataclasses import replace
 
@@ -5,9 +6,9 @@ import pytest
 import torch
 
 from handlers.engine.step_presets import Presets, Setting
-from scripts import tune_step_cache
 from scripts.cache_quality import Comparison, compare, psnr, ssim
 from scripts.sampling import SAMPLERS, Painter
+from serving.torchserve import ROOT
 from tests import checkpoints
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -24,6 +25,14 @@ def checkpoint(tmp_path_factory):
 def painter(checkpoint):
     torch.set_num_threads(1)
     return Painter(checkpoint, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tune_step_cache():
+    """The command's module, which finds its neighbours in its own folder only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        yield importlib.import_module("tune_step_cache")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -62,7 +71,7 @@ def comparison(setting, speedup, decibels, fewer_decibels):
     return replace(made(decibels), fewer=made(fewer_decibels))
 
 
-def test_presets_go_to_the_fastest_that_keeps_the_floor_everywhere_and_beats_fewer_steps():
+def test_presets_go_to_the_fastest_that_keeps_the_floor_everywhere_and_beats_fewer_steps(tune_step_cache):
     slow = comparison(NEVER, 1.5, [50.0, 45.0], [40.0, 38.0])
     fast = comparison(OFTEN, 2.5, [33.0, 27.0], [31.0, 26.0])
     chosen = tune_step_cache.choose([[slow, fast]])
@@ -78,7 +87,7 @@ def test_presets_go_to_the_fastest_that_keeps_the_floor_everywhere_and_beats_few
     assert tune_step_cache.choose([[beaten]]) == {}
 
 
-def test_tuning_writes_presets_that_a_served_model_reads(checkpoint, monkeypatch, capsys):
+def test_tuning_writes_presets_that_a_served_model_reads(tune_step_cache, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(tune_step_cache, "candidates", lambda: [OFTEN])
     monkeypatch.setattr(tune_step_cache, "FLOORS", {"fast": {"psnr_mean": 1.0}})
     monkeypatch.setattr(Comparison, "beats_fewer_steps", True)
@@ -94,7 +103,7 @@ def test_tuning_writes_presets_that_a_served_model_reads(checkpoint, monkeypatch
     assert written["samplers"]["euler"]["fast"]["measured"]["skipped"] == 0.5
 
 
-def test_tuning_tells_what_is_wrong_with_the_model(monkeypatch, capsys):
+def test_tuning_tells_what_is_wrong_with_the_model(tune_step_cache, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune_step_cache.py", "no_such.safetensors"])
     assert tune_step_cache.main() == 1
     assert "no_such.safetensors" in capsys.readouterr().err
