@@ -58,7 +58,7 @@ def test_psnr_and_ssim_of_known_pictures():
     assert psnr(grey, grey).tolist() == [100, 100] and ssim(grey, grey).tolist() == pytest.approx([1, 1])
     assert psnr(grey + 0.1, grey).tolist() == pytest.approx([20, 20], abs=1e-3)
     # Of flat pictures only the luminance term is left: (2ab + c1) / (a^2 + b^2 + c1).
-    assert ssim(grey + 0.1, grey)[0].item() == pytest.approx((0.6 + 1e-4) / (0.61 + 1e-4), abs=1e-4)
+    assert ssim(grey + 0.1, grey)[0].item() == pytest.approx((0.6 + 1e-4) / (0.61 + 1e-4), abs=1e-3)
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert ssim(1 - noise, noise).item() < 0 < ssim((noise + 0.05).clamp(0, 1), noise).item()
 
