@@ -38,7 +38,9 @@ def database(request) -> Iterator[str | None]:
 def servers(database: str | None, tmp_path: Path, monkeypatch) -> Iterator[list[TorchServe]]:
     """Two, each with a run folder of its own; store, spool and output are one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # What the killed one leaves there goes with it; under tmp_path, sockets' paths would be too long.
+    temporary = tempfile.mkdtemp(prefix="luna-kill-")
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
     specs = Path(shutil.copytree(FOLDER, tmp_path / "specs"))
     for role, keys in {"repository": ["queue_database"], "vae": ["queue_database", "pictures_database"]}.items():
         spec = yaml.safe_load((specs / f"{role}.yaml").read_text())
@@ -55,6 +57,7 @@ def servers(database: str | None, tmp_path: Path, monkeypatch) -> Iterator[list[
         for torchserve in started:
             connect(torchserve).wait_ready(MODELS)
         yield started
+    shutil.rmtree(temporary)
 
 
 def load(server: Server) -> None:

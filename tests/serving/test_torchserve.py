@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlencode
@@ -75,6 +76,16 @@ def test_two_servers_live_side_by_side(torchserve, tmp_path) -> None:
 def test_a_taken_port_is_named(torchserve, tmp_path) -> None:
     with pytest.raises(RuntimeError, match=f"port {torchserve.ports.inference} "):
         TorchServe(tmp_path / "store", tmp_path / "run", torchserve.ports).start()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no Unix sockets")
+def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path, monkeypatch) -> None:
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(RuntimeError, match="bytes too long: set TMPDIR"):
+        TorchServe(tmp_path / "store", tmp_path / "run", Ports.free()).start()
+    assert not list(deep.iterdir())
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
