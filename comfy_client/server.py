@@ -38,7 +38,7 @@ from luna_protocol.errors import (
 )
 from luna_protocol.messages import Index, Missing, RepositoryIndex, Request, validate
 
-KEY_FILE = Path(__file__).resolve().parent.parent / "run" / "key_file.json"
+ROOT = Path(__file__).resolve().parent.parent
 # The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
 SESSION_HEADER = "Luna-Session"
 _RENEW_BEFORE = timedelta(seconds=60)
@@ -76,8 +76,8 @@ class Server:
 
     Args:
         inference, management: the two addresses.
-        key_file: TorchServe's tokens; by default what LUNA_TOKEN_FILE names, else run/key_file.json of this repository.
-            Where there is no such file, requests carry no token. LUNA_TOKEN, where set, is the one token of a proxy.
+        key_file: TorchServe's tokens; by default what LUNA_TOKEN_FILE names, else that in serve.py's run folder. Where
+            there is no such file, requests carry no token. LUNA_TOKEN, where set, is the one token of a proxy.
         connections: kept alive per address; more threads than that may call at once, at the price of a new connection.
 
     Raises (all methods):
@@ -105,8 +105,7 @@ class Server:
         }
         self._transport = Transport(self.inference)
         fixed = os.environ.get("LUNA_TOKEN")
-        key_file = key_file or Path(os.environ.get("LUNA_TOKEN_FILE", KEY_FILE))
-        self._tokens = _FixedToken(fixed) if fixed else _Tokens(key_file, self._renew)
+        self._tokens = _FixedToken(fixed) if fixed else _Tokens(key_file or _key_file(), self._renew)
 
     def call(
         self, model: str, request: Request, tensors: Mapping[str, torch.Tensor] | None = None
@@ -408,6 +407,13 @@ class _Refused(Unavailable):
 
 class _AlreadyThere(LunaError):
     """A model of that name is registered."""
+
+
+def _key_file() -> Path:
+    """Where serve.py, under the same environment, has its tokens, unless LUNA_TOKEN_FILE says so."""
+    home = os.environ.get("LUNA_HOME") or ROOT
+    run = os.environ.get("LUNA_RUN") or Path(home) / "run"
+    return Path(os.environ.get("LUNA_TOKEN_FILE") or Path(run) / "key_file.json")
 
 
 def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:

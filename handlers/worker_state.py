@@ -4,6 +4,7 @@ TorchServe tells a worker nothing about the others, and its management API wants
 file per process under the run folder serves instead; what a killed worker leaves is told by its dead process.
 """
 
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from handlers.engine.memory_budget import Budgets, device_key, gigabytes
 from luna_protocol.errors import Broken, OutOfMemory
 from luna_protocol.messages import Worker
+
+log = logging.getLogger(__name__)
 
 FIRST_VERSION = "1.0"  # of a model called NAME; others are called NAME/VERSION, as TorchServe's addresses have them
 _INTERVAL = 1.0  # seconds between writes of counters
@@ -52,15 +55,15 @@ class WorkerState:
         self._write()
 
     def update(self, now: bool = False, **changes) -> None:
-        """Changes fields of the `Worker`. Written at once when `now`; else at most once a second, at its end."""
+        """Changes fields of the `Worker`. Written at once when `now`; else at most once a second, at its end. On a full
+        disk it is written later: requests do not depend on it."""
         with self._lock:
-            for field, value in changes.items():
-                setattr(self.record.worker, field, value)
+            self._change(**changes)
             since = time.monotonic() - self._written
             if now or since > _INTERVAL:
-                self._write()
+                self._try_to_write()
             elif self._late is None:
-                self._late = threading.Timer(_INTERVAL - since, self._write)
+                self._late = threading.Timer(_INTERVAL - since, self._try_to_write)
                 self._late.daemon = True
                 self._late.start()
 
@@ -107,7 +110,8 @@ class WorkerState:
                     for model, workers in others.items()
                 }
                 if budget is None or sum(taken.values()) + needed <= budget:
-                    self.update(now=True, state="loading", weights_bytes=needed)
+                    self._change(state="loading", weights_bytes=needed)
+                    self._write()  # or raise: what nobody can read claims nothing
                     return
                 self.update(now=True, state="waiting", weights_bytes=needed)
             waits = needed <= budget and (self._run / KEEPER).exists()
@@ -119,6 +123,18 @@ class WorkerState:
                     "unload one of them with scripts/models.py, take a smaller dtype, or raise serve.py --memory",
                 )
             time.sleep(_ROOM_POLL)
+
+    def _change(self, **changes) -> None:
+        for field, value in changes.items():
+            setattr(self.record.worker, field, value)
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            with self._lock:
+                self._written, self._late = time.monotonic(), None
+            log.warning("the record of %s is not up to date: %s", self.record.model, error)
 
     def _write(self) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ CONFIG = ROOT / "config.properties"
 LOGGING = ROOT / "log4j2.xml"
 START_SECONDS = 180
 STOP_SECONDS = 30
+SOCKET_PATH_BYTES = 103  # Linux takes 107, macOS 103
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class TorchServe:
 
     The run folder gets the settings that it really runs with (`config.properties`), the tokens (`key_file.json`) and
     `logs/`. Java's temporary folder, with the unpacked archives and the workers' sockets, is one of the system's: the
-    path of a Unix socket may not exceed 107 bytes.
+    path of a Unix socket is bounded.
 
     Args:
         settings: TorchServe settings that replace those of `config`.
 
     Raises:
-        RuntimeError: a port is taken, or TorchServe ended while starting; the message has the end of its log.
+        RuntimeError: a port is taken, the temporary folder's path is too long, or TorchServe ended while starting; the
+            message has the end of its log.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class TorchServe:
         self.store.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.key_file.unlink(missing_ok=True)
-        scratch = tempfile.mkdtemp(prefix="lunaserve-")
+        scratch = _scratch()
         with self.console.open("wb") as console:
             self._guard = subprocess.Popen(
                 [sys.executable, ROOT / "serving" / "guard.py", scratch, *self._command(scratch)],
@@ -196,6 +198,17 @@ class TorchServe:
     def tail(self, lines: int = 20) -> str:
         """The last lines of what TorchServe printed."""
         return "\n".join(self.console.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _scratch() -> str:
+    folder = tempfile.mkdtemp(prefix="lunaserve-")
+    surplus = len(f"{folder}/.ts.sock.65535".encode()) - SOCKET_PATH_BYTES
+    if surplus > 0 and os.name == "posix":
+        os.rmdir(folder)
+        parent = os.path.dirname(folder)
+        # Workers would end at once, be started again for ever, and nobody would be told why.
+        raise RuntimeError(f"the path of the temporary folder {parent} is {surplus} bytes too long: set TMPDIR")
+    return folder
 
 
 def _read_properties(path: Path) -> dict[str, str]:

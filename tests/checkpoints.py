@@ -41,7 +41,7 @@ class TextShape:
 
 @dataclass(frozen=True)
 class VaeShape:
-    """KL autoencoder in the LDM layout; `tiny_autoencoder=True` writes TAESD's layout instead, always 64 wide."""
+    """KL autoencoder in the LDM layout; `tiny_autoencoder=True` writes TAESD's layout instead, `channels` wide."""
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -63,7 +63,7 @@ class CheckpointShape:
         return replace(self, vae=vae)
 
 
-KL, TINY_KL, TAESD = VaeShape(), VaeShape(32, (1, 1, 2, 2), 1), VaeShape(tiny_autoencoder=True)
+KL, TINY_KL, TAESD = VaeShape(), VaeShape(32, (1, 1, 2, 2), 1), VaeShape(64, tiny_autoencoder=True)
 CLIP_L, CLIP_G = TextShape(768, 12), TextShape(1280, 32)
 
 _SD15 = CheckpointShape(UNetShape(context=768), CLIP_L, TAESD)
@@ -265,7 +265,7 @@ def _kl_vae(w: _Weights, name: str, shape: VaeShape):
     w.layer(f"{name}.decoder.conv_out", 3, inner, 3, 3)
 
 
-def _taesd(w: _Weights, name: str, latent_scale: float):
+def _taesd(w: _Weights, name: str, width: int, latent_scale: float):
     """Madebyollin's TAESD: convolutions at `convs`, three-convolution blocks at `blocks` of one nn.Sequential each."""
 
     def half(
@@ -274,13 +274,13 @@ def _taesd(w: _Weights, name: str, latent_scale: float):
         for index, out, inner in (first, last):
             w.layer(f"{name}.{part}.{index}", out, inner, 3, 3)
         for index in resamples:
-            w.layer(f"{name}.{part}.{index}", 64, 64, 3, 3, bias=False)
+            w.layer(f"{name}.{part}.{index}", width, width, 3, 3, bias=False)
         for index in blocks:
             for conv in (0, 2, 4):
-                w.layer(f"{name}.{part}.{index}.conv.{conv}", 64, 64, 3, 3)
+                w.layer(f"{name}.{part}.{index}.conv.{conv}", width, width, 3, 3)
 
-    half("taesd_encoder", (0, 64, 3), (14, 4, 64), [2, 6, 10], [1, 3, 4, 5, 7, 8, 9, 11, 12, 13])
-    half("taesd_decoder", (1, 64, 4), (19, 3, 64), [7, 12, 17], [3, 4, 5, 8, 9, 10, 13, 14, 15, 18])
+    half("taesd_encoder", (0, width, 3), (14, 4, width), [2, 6, 10], [1, 3, 4, 5, 7, 8, 9, 11, 12, 13])
+    half("taesd_decoder", (1, width, 4), (19, 3, width), [7, 12, 17], [3, 4, 5, 8, 9, 10, 13, 14, 15, 18])
     w[f"{name}.vae_scale"] = torch.tensor(latent_scale)
     w[f"{name}.vae_shift"] = torch.tensor(0.0)
 
@@ -294,7 +294,7 @@ def state_dict(shape: CheckpointShape, dtype: torch.dtype = torch.float32, seed:
     else:
         _clip_l(w, "cond_stage_model", shape.clip_l)
     if shape.vae.tiny_autoencoder:
-        _taesd(w, "first_stage_model", shape.latent_scale)
+        _taesd(w, "first_stage_model", shape.vae.channels, shape.latent_scale)
     else:
         _kl_vae(w, "first_stage_model", shape.vae)
     return dict(w)

@@ -185,9 +185,12 @@ def test_without_a_token_or_with_a_wrong_one_the_message_names_the_file(torchser
         Server(*addresses, tmp_path / "broken.json").index()
 
 
-def test_the_key_file_is_found_by_its_variable(torchserve: TorchServe, monkeypatch) -> None:
-    monkeypatch.setenv("LUNA_TOKEN_FILE", str(torchserve.key_file))
-    assert Server(torchserve.inference, torchserve.management).ping()
+def test_the_key_file_is_found_by_its_variable_or_by_the_servers(torchserve: TorchServe, home, monkeypatch) -> None:
+    variables = {"LUNA_TOKEN_FILE": torchserve.key_file, "LUNA_RUN": torchserve.run, "LUNA_HOME": home}
+    for name, value in variables.items():
+        with monkeypatch.context() as only:
+            only.setenv(name, str(value))
+            assert Server(torchserve.inference, torchserve.management).models()
 
 
 def test_the_key_file_is_for_its_owner_only(torchserve: TorchServe) -> None:

@@ -13,7 +13,7 @@ import urllib3
 
 from handlers.engine import tokenizer
 from luna_protocol.blob import pack
-from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge, from_json
+from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound, from_json
 from luna_protocol.messages import ClipEncode, ClipText, Tiling, UNetForward, VaeDecode, VaeEncode
 from serving.archives import pack_checkpoint
 from tests import checkpoints, reference
@@ -180,14 +180,6 @@ def test_bodies_that_are_no_request(torchserve, server, served_tiny, body, statu
     assert from_json(answer.data) is not None
     good = inputs("tiny_sd15", 1, (8, 8), 77)
     assert server.call(f"{served_tiny}.unet", UNetForward(), good)[1]["out"].shape == (1, 4, 8, 8)
-
-
-def test_a_request_over_the_limit(torchserve, server, served_tiny):
-    answer = post(torchserve, f"{served_tiny}.unet", bytes(203 << 20))
-    assert answer.status == 413
-    with pytest.raises(TooLarge):
-        server.call(f"{served_tiny}.vae", VaeDecode(), {"latent": torch.zeros(1, 4, 4096, 4096 + 512)})
-    assert server.index()
 
 
 def test_an_unknown_model(server):

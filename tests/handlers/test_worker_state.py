@@ -14,6 +14,7 @@ from handlers.engine.memory_budget import Budgets
 from handlers.worker_state import KEEPER, WorkerState, live_workers
 from luna_protocol.errors import Broken, OutOfMemory
 from luna_protocol.messages import Worker
+from tests.handlers.engine.saving.small_disk import filled, small_disk
 
 MB = 10**6
 CLAIM = """
@@ -114,3 +115,17 @@ def test_a_worker_that_loads_clears_the_deaths_before_it(tmp_path):
     dies(tmp_path)
     own(tmp_path).check_deaths()
     assert list(live_workers(tmp_path)) == ["own"]
+
+
+def test_a_full_disk_stops_no_request_and_lets_nobody_load_unseen(tmp_path):
+    with small_disk(tmp_path / "run", megabytes=1) as run:
+        state = own(run)
+        state.loaded(40 * MB)
+        with filled(run):
+            time.sleep(1.1)
+            state.update(busy=True)
+            state.update(now=True, requests=7)
+            with pytest.raises(OSError, match="No space left"):
+                state.claim(50 * MB, Budgets.parse("cpu=100MB"))
+        state.update(now=True, busy=False)
+        assert live_workers(run)["own"][0].requests == 7

@@ -94,7 +94,8 @@ def state(server: Server, model: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_life_of_models(running, monkeypatch):
-    monkeypatch.setattr(keeper_module, "IDLE_SECONDS", 3.0)
+    monkeypatch.setattr(keeper_module, "IDLE_SECONDS", 1.5)
+    monkeypatch.setattr(keeper_module, "_REMEMBER_EVERY", 2)
     server = connect(running)
     for model in ("repository", "a.unet", "b.unet"):
         server.load(model)
@@ -111,7 +112,7 @@ def test_a_life_of_models(running, monkeypatch):
     keeper = Keeper(server, running.run, Budgets.parse(os.environ["LUNA_MEMORY"]))
     keeper.start()
     try:
-        time.sleep(4)
+        time.sleep(2)
         expected = sample(server, "a.unet")
         server.load("c.unet")
         server.wait_ready(["c.unet"])
@@ -124,7 +125,7 @@ def test_a_life_of_models(running, monkeypatch):
         # Whoever waits for a model that somebody scales to 0 gets an answer all the same.
         answers = []
         patient = connect(running, answer=500)
-        big = {"x": torch.ones(2, 4, 48, 48), "timesteps": torch.ones(2), "context": torch.ones(2, 77, 64)}
+        big = {"x": torch.ones(1, 4, 48, 48), "timesteps": torch.ones(1), "context": torch.ones(1, 77, 64)}
 
         def ask() -> None:
             try:

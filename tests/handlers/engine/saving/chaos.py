@@ -17,13 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import urllib3
-from sqlalchemy import select
 
 from handlers.engine.saving.decode_queue import DecodeQueue
-from handlers.engine.saving.picture_records import PICTURES, PictureRecords
 from luna_protocol.blob import pack
 from luna_protocol.save_job import QueueStatus, SaveJob
-from tests.handlers.engine.saving.save_jobs import a_job, check_complete, files_under, latents
+from tests.handlers.engine.saving.save_jobs import a_job, check_each_done_once, latents
 from tests.handlers.engine.saving.small_disk import filled, small_disk
 
 ROOT = Path(__file__).parents[4]
@@ -134,25 +132,10 @@ def chaos(home: Path, jobs: int, kills: int, workers: int, seconds: float, seed:
     finally:
         serving.end()
     took = time.monotonic() - begun
-    check(home, queue, [job for client in clients for job in client.jobs])
+    jobs_sent = [job for client in clients for job in client.jobs]
+    check_each_done_once(home / "output", queue, jobs_sent, f"sqlite:///{home / 'spool' / 'pictures.sqlite3'}")
     queue.close()
     return {"jobs": jobs, "kills": kills, "workers": workers, "disk_filled": fill, "seconds": round(took, 1)}
-
-
-def check(home: Path, queue: DecodeQueue, jobs: list[SaveJob]) -> None:
-    """Every job is one complete set of files; there is no other file, and one row per picture."""
-    statuses = {status.job_id: status for status in queue.report(QueueStatus(limit=1000)).jobs}
-    assert set(statuses) == {job.job_id for job in jobs}
-    for job in jobs:
-        check_complete(home / "output", statuses[job.job_id])
-        assert len(statuses[job.job_id].files) == 2 * len(job.groups)
-    paths = [file.path for status in statuses.values() for file in status.files]
-    assert len(set(paths)) == len(paths)
-    assert files_under(home / "output") == set(paths), files_under(home / "output") ^ set(paths)
-    records = PictureRecords(f"sqlite:///{home / 'spool' / 'pictures.sqlite3'}")
-    with records.engine.connect() as db:
-        assert sorted(db.scalars(select(PICTURES.c.path))) == sorted(paths)
-    records.close()
 
 
 @contextlib.contextmanager

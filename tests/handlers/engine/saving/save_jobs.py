@@ -3,13 +3,16 @@
 import hashlib
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from sqlalchemy import select
 from torch import Tensor
 
 from handlers.engine.saving.decode_queue import DecodeQueue
+from handlers.engine.saving.picture_records import PICTURES, PictureRecords
 from luna_protocol.save_job import JobStatus, PictureGroup, QueueStatus, SaveJob
 
 _numbers = itertools.count()
@@ -61,3 +64,20 @@ def check_complete(output: Path, status: JobStatus) -> None:
             with Image.open(output / file.path) as image:
                 image.load()
                 assert image.size == (file.width, file.height)
+
+
+def check_each_done_once(output: Path, queue: DecodeQueue, jobs: Sequence[SaveJob], database: str) -> None:
+    """The queue has these jobs, of two rows a latent, and no other; each is one complete set of files; no other file is
+    under `output`, and `database` has one record a picture."""
+    statuses = {status.job_id: status for status in queue.report(QueueStatus(limit=1000)).jobs}
+    assert set(statuses) == {job.job_id for job in jobs}
+    for job in jobs:
+        check_complete(output, statuses[job.job_id])
+        assert len(statuses[job.job_id].files) == 2 * len(job.groups)
+    paths = [file.path for status in statuses.values() for file in status.files]
+    assert len(set(paths)) == len(paths)
+    assert files_under(output) == set(paths), files_under(output) ^ set(paths)
+    records = PictureRecords(database)
+    with records.engine.connect() as db:
+        assert sorted(db.scalars(select(PICTURES.c.path))) == sorted(paths)
+    records.close()
