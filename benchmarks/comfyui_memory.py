@@ -2,7 +2,7 @@
 
 Needs COMFYUI_DIR (and COMFYUI_PYTHON). Every ComfyUI paints one picture and stays; then the proportional set sizes of
 all processes are summed (PSS: memory shared by n processes counts 1/n in each). The checkpoint is small, so look at the
-difference between the sums and at the weights, which appear once with a server and once a ComfyUI without.
+difference between the sums and at the weights, counted in each process: once with a server, once a ComfyUI without.
 
     python -m benchmarks.comfyui_memory --instances 3
 """
@@ -10,7 +10,9 @@ difference between the sums and at the weights, which appear once with a server 
 import argparse
 import json
 import os
+import shutil
 from contextlib import ExitStack
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import psutil
@@ -36,20 +38,25 @@ def main() -> None:
         models = Path(folder) / "models"
         file = checkpoints.write(models / "checkpoints" / CHECKPOINT, "sd15", checkpoints.DTYPES["fp32"])
         os.environ["LUNA_CHECKPOINTS"] = str(models / "checkpoints")
-        own, own_weights = _separate(instances, models, Path(folder) / "own")
-        shared, server, shared_weights = _with_server(instances, models, file, Path(folder) / "shared")
-    _tell(instances, own, own_weights, shared, server, shared_weights)
+        own = _separate(instances, models, Path(folder) / "own")
+        shared, server = _with_server(instances, models, file, Path(folder) / "shared")
+    _tell(instances, own, shared, server)
 
 
-def _separate(instances: int, models: Path, base: Path) -> tuple[list[float], int]:
+@dataclass(frozen=True)
+class Process:
+    """In megabytes: the proportional set size, and the weights of it."""
+
+    pss: float
+    weights: float
+
+
+def _separate(instances: int, models: Path, base: Path) -> list[Process]:
     with ExitStack() as stack:
-        comfyuis = [stack.enter_context(ComfyUI(base / str(i), models, {})) for i in range(instances)]
-        for comfyui in comfyuis:
-            _paint(comfyui, local)
-        return [_pss(comfyui.process) for comfyui in comfyuis], _weights(models) * instances
+        return _measured([_start(stack, base / str(i), models, {}) for i in range(instances)], local)
 
 
-def _with_server(instances: int, models: Path, file: Path, home: Path) -> tuple[list[float], float, int]:
+def _with_server(instances: int, models: Path, file: Path, home: Path) -> tuple[list[Process], Process]:
     store = home / "model_store"
     pack_repository(store, home)
     names = ["repository", *(archive.model for archive in pack_checkpoint(file, store, home=home))]
@@ -64,22 +71,33 @@ def _with_server(instances: int, models: Path, file: Path, home: Path) -> tuple[
             "LUNA_MANAGEMENT": torchserve.management,
             "LUNA_TOKEN_FILE": str(torchserve.key_file),
         }
-        comfyuis = [stack.enter_context(ComfyUI(home / str(i), models, told)) for i in range(instances)]
-        for comfyui in comfyuis:
-            _paint(comfyui, remote)
+        shared = _measured([_start(stack, home / str(i), models, told) for i in range(instances)], remote)
         workers = [worker for model in server.index().models for worker in model.workers]
         java = psutil.Process(workers[0].pid).parent()
-        served = sum(_pss(process) for process in [java, *java.children(recursive=True)])
-        weights = sum(worker.weights_bytes for worker in workers)
-        return [_pss(comfyui.process) for comfyui in comfyuis], served, weights
+        pss = sum(_pss(process) for process in [java, *java.children(recursive=True)])
+        return shared, Process(pss, sum(worker.weights_bytes for worker in workers) / 1e6)
 
 
-def _paint(comfyui: ComfyUI, load) -> None:
+def _start(stack: ExitStack, base: Path, models: Path, environment: dict[str, str]) -> ComfyUI:
+    comfyui = ComfyUI(base, models, environment)
+    shutil.copy(Path(__file__).with_name("weights_held.py"), base / "custom_nodes")
+    return stack.enter_context(comfyui)
+
+
+def _measured(comfyuis: list[ComfyUI], load) -> list[Process]:
+    weights = [_paint(comfyui, load) for comfyui in comfyuis]
+    return [Process(_pss(each.process), held) for each, held in zip(comfyuis, weights, strict=True)]
+
+
+def _paint(comfyui: ComfyUI, load) -> float:
+    """Megabytes of weights that the process holds after a picture."""
     g = Graph()
     model, clip, vae = load(g, CHECKPOINT)
     latent = sample(g, model, encode(g, clip), empty(g))
-    g("SaveImage", images=g("VAEDecode", samples=latent, vae=vae), filename_prefix="picture")
-    comfyui.run(g, 600)
+    picture = g("VAEDecode", samples=latent, vae=vae)
+    g("SaveImage", images=picture, filename_prefix="picture")
+    counted = g("WeightsHeld", after=picture)
+    return comfyui.run(g, 600).history["outputs"][counted.node]["text"][0] / 1e6
 
 
 def _pss(process: psutil.Process) -> float:
@@ -87,30 +105,27 @@ def _pss(process: psutil.Process) -> float:
     return process.memory_full_info().pss / 1e6
 
 
-def _weights(models: Path) -> int:
-    return (models / "checkpoints" / CHECKPOINT).stat().st_size
-
-
-def _tell(
-    instances: int, own: list[float], own_weights: int, shared: list[float], server: float, shared_weights: int
-) -> None:
-    table = Table("", "each ComfyUI", "server", "sum of PSS", "weights", title=f"{instances} ComfyUIs, megabytes")
-    rows = (("separate", own, 0.0, own_weights), ("one server", shared, server, shared_weights))
-    for name, each, served, weights in rows:
-        told = ", ".join(f"{size:,.0f}" for size in each)
-        table.add_row(name, told, f"{served:,.0f}", f"{sum(each) + served:,.0f}", f"{weights / 1e6:,.0f}")
-    Console().print(table)
+def _tell(instances: int, own: list[Process], shared: list[Process], server: Process) -> None:
+    table = Table("", "each ComfyUI", "of it weights", "server", "of it weights", "sum", "of it weights")
+    table.title = f"{instances} ComfyUIs, megabytes of PSS"
+    for name, each, served in (("separate", own, Process(0, 0)), ("one server", shared, server)):
+        told = (", ".join(f"{value:,.0f}" for value in values) for values in zip(*map(astuple, each), strict=True))
+        pss, weights = _sum([*each, served])
+        table.add_row(name, *told, *(f"{value:,.0f}" for value in (*astuple(served), pss, weights)))
+    Console(width=120).print(table)
     result = {
         "instances": instances,
-        "separate_mb": round(sum(own)),
-        "shared_mb": round(sum(shared) + server),
-        "separate_each_mb": round(sum(own) / instances),
-        "shared_each_mb": round(sum(shared) / instances),
-        "server_mb": round(server),
-        "separate_weights_mb": round(own_weights / 1e6),
-        "shared_weights_mb": round(shared_weights / 1e6),
+        "separate": [asdict(each) for each in own],
+        "shared": [asdict(each) for each in shared],
+        "server": asdict(server),
+        "separate_sum_mb": round(_sum(own)[0]),
+        "shared_sum_mb": round(_sum([*shared, server])[0]),
     }
     print(json.dumps(result))
+
+
+def _sum(processes: list[Process]) -> tuple[float, float]:
+    return sum(each.pss for each in processes), sum(each.weights for each in processes)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.messages import Index, ServedModel
 
 _FRESH_SECONDS = 2.0
-_REPLICA = re.compile(r"\.\d+$")
+_REPLICA = re.compile(r"(\.(?:unet|clip|vae))\.\d+(?=/|$)")
 
 
 class Catalog:
@@ -47,6 +47,11 @@ def find(index: Index, role: str, checkpoint: str) -> ServedModel:
     raise NotFound(
         f"the server has no {role} of {checkpoint!r}", f"it has: {known}. scripts/add_checkpoint.py adds one"
     )
+
+
+def replicas(index: Index, model: ServedModel) -> list[ServedModel]:
+    """The model and its further replicas: NAME.unet, NAME.unet.1, NAME.unet.2 ..."""
+    return [other for other in index.models if _REPLICA.sub(r"\1", other.name) == model.name]
 
 
 def match_lora(wanted: str, known: list[str]) -> str | None:

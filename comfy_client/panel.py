@@ -39,10 +39,10 @@ def register_routes() -> None:
 def _change(model: str, action: str, fields: dict[str, Any]) -> dict[str, Any]:
     server = settings.server()
     if action == "load":
-        server.register(f"{model}.mar")
+        server.load(model)
         server.wait_ready([model])
     elif action == "unload":
-        server.unregister(model)
+        server.unload(model)
     elif action == "scale":
         workers = fields.get("workers")
         if not isinstance(workers, int) or not 1 <= workers <= 64:

@@ -1,5 +1,6 @@
 """Has models loaded and shows on the console how that goes, and what came of it."""
 
+import os
 from collections.abc import Iterable, Mapping
 
 from rich.console import Console
@@ -10,6 +11,10 @@ from comfy_client.server import Server
 from luna_protocol.errors import LunaError, Unavailable
 from luna_protocol.messages import Index
 
+# Models that start together. Each of their workers imports torch: with many more than cores, none is ready before
+# TorchServe gives up on it and starts it again.
+AT_ONCE = os.cpu_count() or 1
+
 
 def load(
     server: Server,
@@ -17,7 +22,7 @@ def load(
     console: Console,
     workers: Mapping[str, int | None] | None = None,
 ) -> None:
-    """Register the archives of these models and wait for their workers, showing how it goes.
+    """Register the archives of these models, `AT_ONCE` at a time, and wait for their workers, showing how it goes.
 
     `workers` says how many a model gets, where that is not the number that its archive asks for.
 
@@ -30,24 +35,26 @@ def load(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        tasks = {model: progress.add_task(model, total=1, state="registering") for model in models}
-        registered = []
-        for model, task in tasks.items():
-            try:
-                server.load(model)
-                if count := (workers or {}).get(model):
-                    server.scale(model, count)
-                registered.append(model)
-            except LunaError as error:
-                progress.update(task, completed=1, state=f"[red]{error}")
+        tasks = {model: progress.add_task(model, total=1, state="in line") for model in models}
 
         def show(model: str, ready: int, wanted: int) -> None:
             progress.update(tasks[model], completed=ready >= wanted, state=f"{ready} of {wanted} workers ready")
 
-        try:
-            server.wait_ready(registered, progress=show)
-        except Unavailable as error:
-            progress.console.print(f"[red]{error}")
+        names = list(tasks)
+        for together in (names[begin : begin + AT_ONCE] for begin in range(0, len(names), AT_ONCE)):
+            registered = []
+            for model in together:
+                try:
+                    server.load(model)
+                    if count := (workers or {}).get(model):
+                        server.scale(model, count)
+                    registered.append(model)
+                except LunaError as error:
+                    progress.update(tasks[model], completed=1, state=f"[red]{error}")
+            try:
+                server.wait_ready(registered, progress=show)
+            except Unavailable as error:
+                progress.console.print(f"[red]{error}")
 
 
 def overview(index: Index) -> Table:

@@ -72,8 +72,9 @@ class RemoteUNet(nn.Module):
         self.begin_session()
 
     def begin_session(self) -> None:
-        """A sampling run begins: step caches of earlier ones do not count."""
+        """A sampling run begins: step caches of earlier ones do not count, and another replica may be free."""
         self._session, self._step, self._seen = uuid.uuid4().hex, 0, set()
+        self._settled = False
         self._rows, self._hits, self._seconds_saved = 0, 0, 0.0
 
     def end_session(self) -> None:
@@ -124,7 +125,8 @@ class RemoteUNet(nn.Module):
             step_cache=self._step_cache(options, timesteps),
             **self.lora_stack.request_fields(),
         )
-        message, reply = self.remote.ask(request, tensors | self.lora_stack.tensors())
+        message, reply = self.remote.ask(request, tensors | self.lora_stack.tensors(), self._settled)
+        self._settled = True
         self._count(message.get("step_cache"))
         return reply["out"].to(x.device)
 

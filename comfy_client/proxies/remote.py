@@ -10,6 +10,7 @@ import torch
 from comfy import model_management
 from torch import Tensor
 
+from comfy_client.replicas import Replicas
 from comfy_client.server import Server
 from luna_protocol.messages import DescribeModel, ModelDescription, Request, ServedModel, validate
 
@@ -29,19 +30,19 @@ class Remote:
         description: its shapes and family as they were when the proxy was made.
     """
 
-    server: Server
     description: ModelDescription
+    replicas: Replicas
     _told: set[str] = field(default_factory=set)
 
     @classmethod
-    def find(cls, server: Server, name: str) -> "Remote":
-        """Ask the server what `name` is made of.
+    def find(cls, server: Server, names: tuple[str, ...]) -> "Remote":
+        """Ask the server what the model with these replicas is made of.
 
         Raises:
             NotFound: the server's store does not have it.
         """
-        message, _ = server.call("repository", DescribeModel(model=name))
-        return cls(server, validate(ModelDescription, message))
+        message, _ = server.call("repository", DescribeModel(model=names[0]))
+        return cls(validate(ModelDescription, message), Replicas(server, names))
 
     @property
     def model(self) -> ServedModel:
@@ -57,14 +58,22 @@ class Remote:
         shapes = self.description.shapes[component]
         return {key: torch.empty(shape, dtype=self.dtype, device="meta") for key, shape in shapes.items()}
 
-    def ask(self, request: Request, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The reply's message and tensors.
+    def ask(
+        self, request: Request, tensors: Mapping[str, Tensor], settled: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The reply's message and tensors, by the replica that is least busy now or, once `settled`, by the same again.
 
         Raises:
             InterruptProcessingException: the user cancelled.
             LunaError: whatever the server told.
         """
-        message, reply = interruptible(lambda: self.server.call(self.model.name, request, tensors))
+
+        def call() -> tuple[dict[str, Any], dict[str, Tensor]]:
+            if not settled:
+                self.replicas.settle()
+            return self.replicas.call(request, tensors)
+
+        message, reply = interruptible(call)
         for report in message.get("lora", []):
             self._tell_unmatched(report)
         return message, reply

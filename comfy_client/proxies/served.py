@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy.utils import ProgressBar
 
-from comfy_client.catalog import find
+from comfy_client.catalog import find, replicas
 from comfy_client.proxies.clip import remote_clip
 from comfy_client.proxies.model import remote_model
 from comfy_client.proxies.remote import Remote, interruptible
@@ -28,21 +28,18 @@ def served(server: Server, checkpoints: dict[str, str]) -> dict[str, Any]:
         Unavailable: a worker did not start; the message has its reason.
         InterruptProcessingException: the user cancelled.
     """
-    models = _found(server, checkpoints)
-    absent = [model.name for model in models.values() if not model.workers]
+    found = _found(server, checkpoints)
+    absent = [model.name for each in found.values() if not any(model.workers for model in each) for model in each]
     if absent:
         _load(server, absent)
-        models = _found(server, checkpoints)
-    for model in models.values():
-        for worker in model.workers:
-            if worker.state == "failed":
-                raise Unavailable(f"{model.name} did not start: {worker.reason}", "the server's logs/ have the rest")
-    return {role: _proxy(server, role, model.name, model.fingerprint, _dtype(model)) for role, model in models.items()}
+        found = _found(server, checkpoints)
+    return {role: _proxied(server, role, models) for role, models in found.items()}
 
 
-def _found(server: Server, checkpoints: dict[str, str]) -> dict[str, ServedModel]:
+def _found(server: Server, checkpoints: dict[str, str]) -> dict[str, list[ServedModel]]:
+    """{role: the model and its further replicas}."""
     index = server.index()
-    return {role: find(index, role, checkpoint) for role, checkpoint in checkpoints.items()}
+    return {role: replicas(index, find(index, role, checkpoint)) for role, checkpoint in checkpoints.items()}
 
 
 def _load(server: Server, names: list[str]) -> None:
@@ -50,7 +47,7 @@ def _load(server: Server, names: list[str]) -> None:
 
     def load() -> None:
         for name in names:
-            server.register(f"{name}.mar")
+            server.load(name)
         for name in names:
             server.wait_ready([name])
             bar.update(1)
@@ -58,11 +55,20 @@ def _load(server: Server, names: list[str]) -> None:
     interruptible(load)
 
 
-def _dtype(model: ServedModel) -> str | None:
-    return next((worker.dtype for worker in model.workers), None)
+def _proxied(server: Server, role: str, models: list[ServedModel]) -> Any:
+    first, *others = sorted(models, key=_failed)
+    if _failed(first):
+        reason = next((worker.reason for worker in first.workers if worker.state == "failed"), "it has no worker")
+        raise Unavailable(f"{first.name} did not start: {reason}", "the server's logs/ have the rest")
+    names = (first.name, *(model.name for model in others))
+    return _proxy(server, role, names, first.fingerprint, first.workers[0].dtype)
+
+
+def _failed(model: ServedModel) -> bool:
+    return not model.workers or any(worker.state == "failed" for worker in model.workers)
 
 
 @lru_cache(maxsize=12)
-def _proxy(server: Server, role: str, name: str, fingerprint: str | None, dtype: str | None) -> Any:
+def _proxy(server: Server, role: str, names: tuple[str, ...], fingerprint: str | None, dtype: str | None) -> Any:
     """One proxy per model as long as its file and dtype stay what they are; tokenizers take a second to make."""
-    return _PROXIES[role](Remote.find(server, name))
+    return _PROXIES[role](Remote.find(server, names))

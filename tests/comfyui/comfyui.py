@@ -79,14 +79,15 @@ class ComfyUI:
         base: where input, output, user settings and the link to this repository go.
         models: a folder with checkpoints, loras, embeddings, controlnet, vae.
         environment: LUNA_INFERENCE and the like.
+        nodes: the clone of this repository among its custom nodes.
     """
 
-    def __init__(self, base: Path, models: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, base: Path, models: Path, environment: Mapping[str, str], nodes: Path = ROOT) -> None:
         self.base = base
         self.port = _free_port()
         for folder in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "LunaServe").symlink_to(ROOT, target_is_directory=True)
+        (base / "custom_nodes" / "LunaServe").symlink_to(nodes, target_is_directory=True)
         kinds = ("checkpoints", "loras", "embeddings", "controlnet", "vae")
         paths = {"tests": {"base_path": str(models), **{kind: kind for kind in kinds}}}
         (base / "paths.yaml").write_text(json.dumps(paths))

@@ -2,15 +2,17 @@
 
 import contextlib
 import re
+import shutil
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from comfy_client.server import Server
-from serving.torchserve import TorchServe
-from tests.comfyui.comfyui import ComfyUI, Graph, RunFailed
+from serving.torchserve import Ports, TorchServe
+from tests.comfyui.comfyui import ROOT, ComfyUI, Graph, RunFailed
 from tests.comfyui.workflows import empty, encode, gateway, local, remote, sample
+from tests.conftest import connect
 
 pytestmark = pytest.mark.slow
 
@@ -40,11 +42,10 @@ def test_a_worker_killed_in_a_run_is_not_noticed(comfyui: ComfyUI, torchserve: T
     _picture(g, steps=12, width=256, height=256)
     expected = comfyui.run(g).latents["latent"]
     comfyui.post("/free", {"free_memory": True})  # forgets the outcome, so that the same graph runs again
-    server = Server(torchserve.inference, torchserve.management, torchserve.key_file)
-    worker = next(model for model in server.index().models if model.name == "sd15.unet").workers[0]
+    worker = psutil.Process(_worker_pid(torchserve, "sd15.unet"))
     prompt = comfyui.start(g)
     _wait_for_step(comfyui)
-    psutil.Process(worker.pid).kill()
+    worker.kill()
     assert (comfyui.wait(prompt).latents["latent"] == expected).all()
 
 
@@ -69,8 +70,8 @@ def stray(models, luna, tmp_path):
     """A ComfyUI whose settings about the server can be spoiled."""
 
     @contextlib.contextmanager
-    def start(**changes: str):
-        with ComfyUI(tmp_path / "stray", models, luna | changes) as instance:
+    def start(nodes: Path = ROOT, **changes: str):
+        with ComfyUI(tmp_path / "stray", models, luna | changes, nodes) as instance:
             yield instance
 
     return start
@@ -94,6 +95,53 @@ def test_a_server_that_is_away(stray) -> None:
         assert "Luna Model Router runs locally" in comfyui.log.read_text()
 
 
+def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, torchserve, tmp_path) -> None:
+    ports = Ports.free()
+
+    def start() -> TorchServe:
+        running = TorchServe(torchserve.store, tmp_path / "run", ports)
+        running.start()
+        server = connect(running)
+        for model in ("repository", "sd15.unet", "sd15.clip", "sd15.vae"):
+            server.load(model)
+            server.wait_ready([model])
+        return running
+
+    running = start()
+    try:
+        addresses = {"LUNA_INFERENCE": running.inference, "LUNA_MANAGEMENT": running.management}
+        with stray(**addresses, LUNA_TOKEN_FILE=str(running.key_file)) as comfyui:
+            g = Graph()
+            _picture(g, steps=30, width=256, height=256)
+            prompt = comfyui.start(g)
+            _wait_for_step(comfyui)
+            psutil.Process(_worker_pid(running, "repository")).parent().kill()
+            killed = time.monotonic()
+            with pytest.raises(RunFailed, match=rf"no server at {running.inference}.*start it with scripts/serve.py"):
+                comfyui.wait(prompt)
+            assert time.monotonic() - killed < 5
+            running.stop()
+            running = start()
+            assert comfyui.run(g).latents["latent"].isfinite().all()
+    finally:
+        running.stop()
+
+
+def test_a_client_of_another_protocol_version(stray, tmp_path) -> None:
+    other = tmp_path / "other"
+    for package in ("comfy_client", "luna_protocol"):
+        shutil.copytree(ROOT / package, other / package)
+    shutil.copy(ROOT / "__init__.py", other)
+    version = other / "luna_protocol" / "__init__.py"
+    version.write_text(version.read_text().replace("PROTOCOL_VERSION = 1", "PROTOCOL_VERSION = 2"))
+    with stray(nodes=other) as comfyui:
+        g = Graph()
+        _picture(g)
+        told = r"the client speaks protocol version 2, this server 1 \(update LunaServe on the older side\)"
+        with pytest.raises(RunFailed, match=told):
+            comfyui.run(g)
+
+
 def test_a_wrong_token(stray, tmp_path) -> None:
     keys = tmp_path / "key_file.json"
     keys.write_text(
@@ -105,6 +153,11 @@ def test_a_wrong_token(stray, tmp_path) -> None:
         _picture(g)
         with pytest.raises(RunFailed, match=r"refuses the .* token of .*key_file.json"):
             comfyui.run(g)
+
+
+def _worker_pid(torchserve: TorchServe, name: str) -> int:
+    [model] = (model for model in connect(torchserve).index().models if model.name == name)
+    return model.workers[0].pid
 
 
 def _wait_for_step(comfyui: ComfyUI) -> None:

@@ -20,6 +20,7 @@ def page(comfyui: ComfyUI) -> Iterator[Browser]:
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and chromedriver):
         pytest.skip("chromium and chromedriver are not on the PATH")
+    comfyui.post("/settings", {"Comfy.TutorialCompleted": True})  # or its template browser covers the page
     with browser(chromium, chromedriver) as opened:
         opened.open(comfyui.url)
         opened.until(lambda: opened.find("[class*=luna-tab-button]"), "the panel's icon")[0].click()
