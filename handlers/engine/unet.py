@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
+from handlers.engine.diffusers_modules import ResnetBlock2D, Transformer2DModel, UNet2DConditionModel, Upsample2D
 from handlers.engine.unet_layout import UNetLayout
 
 Control = Mapping[str, list[Tensor | None]]

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
+from handlers.engine.diffusers_modules import AutoencoderKL, AutoencoderTiny, convert_ldm_vae_checkpoint
 from handlers.engine.tiles import tiled
 from luna_protocol.errors import Impossible, Malformed
 from luna_protocol.messages import Tiling
