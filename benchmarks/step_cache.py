@@ -33,9 +33,9 @@ CFG = 5.0
 FASTEST_FIRST = ("fast", "balanced", "quality")
 SETTINGS = [
     *(Setting(policy="first_block", parameters={"residual_threshold": t}) for t in (0.05, 0.1, 0.2)),
-    Setting(policy="first_block", parameters={"residual_threshold": 0.2}, end_timestep=100),
     *(Setting(policy="deep_cache", parameters={"interval": i}, end_timestep=100) for i in (2, 3)),
-    *(Setting(policy="forecast", parameters={"interval": i}, end_timestep=100) for i in (2, 3, 4)),
+    *(Setting(policy="forecast", parameters={"interval": i}, end_timestep=50) for i in (2, 3)),
+    *(Setting(policy="forecast", parameters={"interval": i}, start_timestep=750, end_timestep=50) for i in (3, 4)),
 ]
 SD15 = UNetLayout(
     in_channels=4,

@@ -39,7 +39,7 @@ FLOORS = {
 
 
 def candidates() -> list[Setting]:
-    """What is tried: the last hundred timesteps, where details settle, are always computed in full."""
+    """What is tried: the last timesteps, where details settle, are always computed in full."""
     first_block = [
         Setting(policy="first_block", parameters={"residual_threshold": threshold}, end_timestep=100)
         for threshold in (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -48,8 +48,8 @@ def candidates() -> list[Setting]:
         Setting(policy="deep_cache", parameters={"interval": interval}, end_timestep=100) for interval in (2, 3, 4)
     ]
     forecast = [
-        Setting(policy="forecast", parameters={"interval": interval}, start_timestep=start, end_timestep=100)
-        for interval, start in product((2, 3, 4, 5), (None, 850, 700))
+        Setting(policy="forecast", parameters={"interval": interval}, start_timestep=start, end_timestep=50)
+        for interval, start in product((2, 3, 4, 5), (None, 850, 750))
     ]
     return first_block + deep_cache + forecast
 
