@@ -11,12 +11,12 @@ import torch
 
 @contextmanager
 def _without(*packages: str) -> Iterator[None]:
-    """Lets an import find none of these packages, unless the process has them already.
+    """Lets the first import of diffusers find none of these packages, unless the process has them already.
 
     diffusers does without transformers and torch's compiler, but would import both where they are found, which takes
-    three times as long as importing diffusers itself.
+    three times as long as importing diffusers itself. It looks once: where it has found them, hiding them breaks it.
     """
-    hidden = [name for name in packages if name not in sys.modules]
+    hidden = [name for name in packages if name not in sys.modules and "diffusers" not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
     try:
         # A decorator of diffusers' hooks, which we do not use; it imports the compiler.
