@@ -147,7 +147,8 @@ def coverage(thing: Thing, style: str = "plain") -> np.ndarray:
         inside = np.abs(inside + 3) - 3
     covered = np.clip(0.5 - inside, 0, 1)
     if style == "stripes":
-        covered = covered * np.clip(0.5 + 4 - np.abs((rows % 16) - 8), 0, 1)
+        # As wide as a latent and in step with it: finer ones would be a mixed colour there.
+        covered = covered * np.clip(0.5 + 4 - np.abs((rows % 16) - 12), 0, 1)
     return covered
 
 
