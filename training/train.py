@@ -2,7 +2,7 @@
 
     python training/train.py [--output FILE] [--work FOLDER]
 
-Interrupted, it goes on where it stood. About an hour and a half on one core.
+Interrupted, it goes on where it stood. About three hours on one core.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def test_the_autoencoder_goes_there_and_back(miniature):
     with torch.inference_mode():
         latent = miniature.vae.encode(images)
         restored = miniature.vae.decode(latent).clamp(-1, 1)
-    assert (restored - images).abs().mean().item() / 2 < 0.04
+    assert (restored - images).abs().mean().item() / 2 < 0.025
     assert (latent * LATENT_SCALE["sd15"] - target_latents(images)).abs().mean().item() < 0.1
 
 
@@ -54,8 +54,8 @@ def test_the_autoencoder_goes_there_and_back(miniature):
 def test_it_paints_what_captions_say(miniature, sampler):
     found = shares(miniature, held_out(40), steps=20, sampler=sampler)
     assert found["background"] >= 0.95
-    assert found["colour"] >= 0.9
-    assert found["shape"] >= 0.6
+    assert found["colour"] >= 0.95
+    assert found["shape"] >= 0.8
 
 
 def test_the_loras_are_small_and_of_several_kinds():
