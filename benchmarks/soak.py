@@ -42,7 +42,7 @@ CACHES = {"tensor_cache_mb": 8, "lora_cache_mb": 8, "lora_overlay_mb": 64, "step
 
 
 def forward(server: Server, request: UNetForward, x: torch.Tensor, t: float) -> torch.Tensor:
-    tensors = {"x": x, "timesteps": torch.full((len(x),), t), "context": torch.ones(len(x), 77, 64)}
+    tensors = {"x": x, "timesteps": torch.full((len(x),), float(t)), "context": torch.ones(len(x), 77, 64)}
     return server.call(MODEL, request, tensors)[1]["out"]
 
 

@@ -75,7 +75,8 @@ class UNetHandler(PatchedHandler):
         return None if item.request.step_cache else len(item.tensors["x"])
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:
-        return tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
+        tensors = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))
+        return tensors, item.request.free_u
 
     def batch_size(self, item: Item[UNetForward]) -> int:
         rows, _, height, width = item.tensors["x"].shape
@@ -91,6 +92,7 @@ class UNetHandler(PatchedHandler):
             None if y is None else y.to(self.dtype),
             _control(joined),
             [row for item in items for row in self._cache_rows(item)],
+            items[0].request.free_u,
         )
         parts = out.cpu().split([len(item.tensors["x"]) for item in items])
         outcomes = iter(outcomes)

@@ -124,6 +124,19 @@ class StepCacheReport(Message):
     seconds_saved: float
 
 
+class FreeU(Message):
+    """FreeU (1) or FreeU V2 (2) as ComfyUI's nodes have it: b1 and s1 where 4 times the model's channels enter an
+    output block, b2 and s2 where 2 times do."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1, 2]
+    b1: float = Field(ge=0, le=10)
+    b2: float = Field(ge=0, le=10)
+    s1: float = Field(ge=0, le=10)
+    s2: float = Field(ge=0, le=10)
+
+
 class UNetForward(Patched):
     """One evaluation of the UNet.
 
@@ -131,10 +144,13 @@ class UNetForward(Patched):
     [B, A] where the family has it (SDXL: pooled output and sizes, as ComfyUI computes it);
     control.{input,middle,output}.N [B, channels, h, w], ControlNet residuals in ComfyUI's order, entries that are None
     left out.
+
+    free_u: applied in this order.
     """
 
     kind: Literal["unet_forward"] = "unet_forward"
     step_cache: StepCache | None = None
+    free_u: tuple[FreeU, ...] = Field(default=(), max_length=8)
 
 
 class UNetOutput(Message):

@@ -43,13 +43,19 @@ def show_list(server: Server, console: Console) -> int:
     return 0
 
 
-def show_load(server: Server, models: list[str], console: Console) -> int:
-    load(server, models, console)
+def show_loaded(server: Server, models: list[str], console: Console) -> int:
+    """What has become of their workers; 1 if one of them does not serve."""
     index = server.index()
     index.models = [model for model in index.models if model.name in models]
     console.print(overview(index))
-    ready = {model.name for model in index.models if any(worker.state == "ready" for worker in model.workers)}
-    return 0 if ready == set(models) else 1
+    served = {model.name for model in index.models if {worker.state for worker in model.workers} == {"ready"}}
+    return 0 if served == set(models) else 1
+
+
+def show_versions(server: Server, model: str, console: Console) -> None:
+    versions, default = server.versions(model)
+    for version in versions:
+        console.print(f"{version}{'  (default)' if version == default else ''}")
 
 
 def main() -> int:
@@ -77,7 +83,9 @@ def main() -> int:
             case "list":
                 return show_list(server, console)
             case "load":
-                return show_load(server, named(server.index(), arguments.names), console)
+                models = named(server.index(), arguments.names)
+                load(server, models, console)
+                return show_loaded(server, models, console)
             case "unload":
                 for model in named(server.index(), arguments.names):
                     server.unload(model)
@@ -85,12 +93,12 @@ def main() -> int:
             case "scale":
                 server.scale(arguments.name, arguments.workers)
                 server.wait_ready([arguments.name])
+                return show_loaded(server, [arguments.name], console)
             case "versions":
-                versions, default = server.versions(arguments.name)
-                for version in versions:
-                    console.print(f"{version}{'  (default)' if version == default else ''}")
+                show_versions(server, arguments.name, console)
             case "set-default":
                 server.set_default(arguments.name, arguments.version)
+                show_versions(server, arguments.name, console)
         return 0
     except LunaError as error:
         console.print(f"[red]{error}")

@@ -20,6 +20,7 @@ CONFIG = ROOT / "config.properties"
 LOGGING = ROOT / "log4j2.xml"
 START_SECONDS = 180
 STOP_SECONDS = 30
+PORT_SECONDS = 10  # how long what listens at a port may need to go: a server that was killed a moment ago
 SOCKET_PATH_BYTES = 103  # Linux takes 107, macOS 103
 
 
@@ -96,9 +97,13 @@ class TorchServe:
 
     def start(self) -> "TorchServe":
         """Start, and return once the server answers."""
+        deadline = time.monotonic() + PORT_SECONDS
         for name, port in vars(self.ports).items():
-            if not _is_free(port):
-                raise RuntimeError(f"port {port} ({name}) is taken: stop what listens there, or choose another --port")
+            while not _is_free(port):
+                if time.monotonic() > deadline:
+                    told = "stop what listens there, or choose another --port"
+                    raise RuntimeError(f"port {port} ({name}) is taken: {told}")
+                time.sleep(0.2)
         self.store.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.key_file.unlink(missing_ok=True)

@@ -75,6 +75,8 @@ _TINY_SD15 = CheckpointShape(UNetShape(context=64, channels=32, multipliers=(1, 
 SHAPES = {
     "sd15": _SD15,
     "sd15_inpaint": replace(_SD15, unet=replace(_SD15.unet, in_channels=9)),
+    # FreeU acts where 2 and 4 times the first level's channels enter an output block.
+    "sd15_wide": replace(_SD15, unet=replace(_SD15.unet, multipliers=(1, 2, 4), depths=(1, 0, 0))),
     "sdxl": CheckpointShape(_SDXL_UNET, CLIP_L, TAESD, clip_g=CLIP_G, latent_scale=0.13025),
     "tiny_sd15": _TINY_SD15,
     "tiny_sd15_inpaint": replace(_TINY_SD15, unet=replace(_TINY_SD15.unet, in_channels=9)),

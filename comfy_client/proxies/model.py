@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor, nn
 
 from comfy_client.content_hashes import ContentHashes
+from comfy_client.proxies.free_u import take_free_u
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse, refuse_block_patches
 from comfy_client.proxies.remote import Remote
@@ -66,6 +67,7 @@ class RemoteUNet(nn.Module):
         self.dtype = remote.dtype
         self.lora_stack = LoraStack()
         self._shapes = shapes
+        self._model_channels = model.model_config.unet_config["model_channels"]
         self._hashes = ContentHashes()
         # Not a submodule: the model owns this UNet.
         object.__setattr__(self, "_model", model)
@@ -112,7 +114,7 @@ class RemoteUNet(nn.Module):
         return executor.execute(x, timesteps, context, y, control, options, **extra)
 
     def _forward(self, x, timesteps, context, y=None, control=None, transformer_options=None, **extra):
-        options = transformer_options or {}
+        free_u, options = take_free_u(transformer_options or {}, self._model_channels)
         refuse_block_patches(options)
         for name, value in extra.items():
             if value is not None:
@@ -123,6 +125,7 @@ class RemoteUNet(nn.Module):
         request = UNetForward(
             references={"context": self._hashes.of(context)},
             step_cache=self._step_cache(options, timesteps),
+            free_u=free_u,
             **self.lora_stack.request_fields(),
         )
         message, reply = self.remote.ask(request, tensors | self.lora_stack.tensors(), self._settled)

@@ -39,6 +39,7 @@ with _without("transformers", "torch._dynamo"):
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.models.upsampling import Upsample2D
+    from diffusers.utils.torch_utils import fourier_filter
 
 __all__ = [
     "AutoencoderKL",
@@ -48,4 +49,5 @@ __all__ = [
     "UNet2DConditionModel",
     "Upsample2D",
     "convert_ldm_vae_checkpoint",
+    "fourier_filter",
 ]

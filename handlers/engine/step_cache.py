@@ -17,6 +17,7 @@ from torch import Tensor
 from handlers.engine.step_policies import Candidate, Computed, Policy
 from handlers.engine.unet import Control, Flow, UNet, select_control
 from luna_protocol.errors import Impossible
+from luna_protocol.messages import FreeU
 
 
 class Latent(NamedTuple):
@@ -140,6 +141,7 @@ class StepCache:
         y: Tensor | None = None,
         control: Control | None = None,
         rows: Sequence[Row | None] = (),
+        free_u: Sequence[FreeU] = (),
     ) -> tuple[Tensor, list[Outcome]]:
         """`UNet.forward` of the same tensors, and what became of each row.
 
@@ -149,7 +151,7 @@ class StepCache:
         self._drop_stale()
         rows = list(rows) or [None] * len(x)
         times = timesteps.tolist()
-        fits = (x.shape[1:], x.dtype, context.shape[1:], _names(control))
+        fits = (x.shape[1:], x.dtype, context.shape[1:], _names(control), tuple(free_u))
         travellers, repeats, later, keys = [], {}, [], set()
         for i, row in enumerate(rows):
             state = self._get(row, fits)
@@ -162,7 +164,7 @@ class StepCache:
                 travellers.append(_Traveller(row, times[i], state if follows else None))
             keys.add(row and row.key)
         if not repeats and not later:
-            return self._compute(x, timesteps, context, y, control, travellers, fits)
+            return self._compute(x, timesteps, context, y, control, travellers, fits, free_u)
 
         def part(indices: list[int]) -> tuple:
             chosen = select_control(control or {}, indices)
@@ -171,10 +173,12 @@ class StepCache:
         results = {i: (state.out, state.outcome) for i, state in repeats.items()}
         fresh = [i for i in range(len(x)) if i not in repeats and i not in later]
         if fresh:
-            results |= dict(zip(fresh, zip(*self._compute(*part(fresh), travellers, fits), strict=True), strict=True))
+            results |= dict(
+                zip(fresh, zip(*self._compute(*part(fresh), travellers, fits, free_u), strict=True), strict=True)
+            )
         if later:
             # The same row twice in one batch is a retry that caught up with its first try.
-            again = self.forward(*part(later), [rows[i] for i in later])
+            again = self.forward(*part(later), [rows[i] for i in later], free_u)
             results |= dict(zip(later, zip(*again, strict=True), strict=True))
         return torch.stack([results[i][0] for i in range(len(x))]), [results[i][1] for i in range(len(x))]
 
@@ -187,10 +191,11 @@ class StepCache:
         control: Control | None,
         travellers: list[_Traveller],
         fits: Hashable,
+        free_u: Sequence[FreeU],
     ) -> tuple[Tensor, list[Outcome]]:
         start = time.perf_counter()
         detours = _Detours(travellers, len(self.unet.output_blocks))
-        out = self.unet.forward(x, timesteps, context, y, control, detours)
+        out = self.unet.forward(x, timesteps, context, y, control, detours, free_u)
         if out.is_cuda:
             torch.cuda.synchronize(out.device)
         elapsed = time.perf_counter() - start

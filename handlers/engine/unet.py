@@ -4,7 +4,7 @@ Block by block because ControlNet residuals and step caches enter between blocks
 does not offer. Bit-equal to diffusers' `UNet2DConditionModel` for SD1.x, and to ComfyUI for SDXL too (see `_load`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
 from handlers.engine.diffusers_modules import ResnetBlock2D, Transformer2DModel, UNet2DConditionModel, Upsample2D
+from handlers.engine.free_u import reweigh
 from handlers.engine.unet_layout import UNetLayout
+from luna_protocol.messages import FreeU
 
 Control = Mapping[str, list[Tensor | None]]
 
@@ -159,6 +161,7 @@ class UNet:
         y: Tensor | None = None,
         control: Control | None = None,
         detours: Detours | None = None,
+        free_u: Sequence[FreeU] = (),
     ) -> Tensor:
         """The predicted noise (or v) [B, C, H, W].
 
@@ -170,6 +173,7 @@ class UNet:
             control: residuals in ComfyUI's order: "input" added behind each input block, "middle" behind the middle
                 block, "output" to each skip connection, deepest first. Missing and None entries add nothing.
             detours: what lets rows pass blocks by; without it, and where no row does, every row runs through all.
+            free_u: what re-weighs what enters the output blocks, in this order.
         """
         flow = Flow(list(range(len(x))), x, [], self.embed(timesteps, y), context, control or {})
         for index, block in enumerate(self.input_blocks):
@@ -186,7 +190,10 @@ class UNet:
             if flow.rows:
                 skip = _add(flow.skips.pop(), flow.control, "output", index)
                 size = flow.skips[-1].shape[2:] if flow.skips else None
-                flow.h = self.run(block, torch.cat((flow.h, skip), dim=1), flow.emb, flow.context, size)
+                h = flow.h
+                for settings in free_u:
+                    h, skip = reweigh(h, skip, self.model.conv_in.out_channels, settings)
+                flow.h = self.run(block, torch.cat((h, skip), dim=1), flow.emb, flow.context, size)
         if detours:
             flow = detours.before_output(len(self.output_blocks), flow)
         out = self.head(flow.h)

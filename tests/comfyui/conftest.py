@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's model folders with seeded checkpoints and everything that patches them."""
     folder = tmp_path_factory.mktemp("models")
     fp16 = checkpoints.DTYPES["fp16"]
-    for shape in ("sd15", "sd15_inpaint", "sdxl"):
+    for shape in ("sd15", "sd15_inpaint", "sd15_wide", "sdxl"):
         checkpoints.write(folder / "checkpoints" / f"{shape}.safetensors", shape, fp16)
     checkpoints.write_lora(folder / "loras" / "a.safetensors", "sd15", seed=2)
     checkpoints.write_lora(folder / "loras" / "b.safetensors", "sd15", rank=8, alpha=None, seed=5)

@@ -138,6 +138,16 @@ def controlnet(g: Graph, load: Loader) -> None:
     g.save(sample(g, model, (controlled[0], controlled[1]), empty(g)), "latent")
 
 
+def free_u(g: Graph, load: Loader) -> None:
+    model, clip, _ = load(g, "sd15_wide.safetensors")
+    conds = encode(g, clip)
+    settings = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
+    first = g("FreeU", model=model, **settings)
+    for name, patched in {"plain": model, "v1": first, "v2": g("FreeU_V2", model=model, **settings)}.items():
+        g.save(sample(g, patched, conds, empty(g)), name)
+    g.save(sample(g, g("FreeU_V2", model=first, **settings), conds, empty(g, 72, 104)), "both")
+
+
 def tiled_vae(g: Graph, load: Loader) -> None:
     _, _, vae = load(g, "sd15.safetensors")
     picture = g(
@@ -183,6 +193,7 @@ WORKFLOWS: tuple[Workflow, ...] = (
     textual_inversion,
     three_sections,
     controlnet,
+    free_u,
     tiled_vae,
     batch_of_three,
     ten_samplers,

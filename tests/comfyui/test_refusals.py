@@ -18,7 +18,6 @@ def _node(class_type: str, **inputs) -> Patch:
     return lambda g, model: g(class_type, model=model, **inputs)
 
 
-FREE_U = {"b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.2}
 DEEP_SHRINK = {
     "block_number": 1,
     "downscale_factor": 2.0,
@@ -29,8 +28,6 @@ DEEP_SHRINK = {
     "upscale_method": "bicubic",
 }
 PATCHES: dict[str, tuple[Patch, str]] = {
-    "FreeU": (_node("FreeU", **FREE_U), "FreeU patches the UNet's blocks (output_block_patch)"),
-    "FreeU_V2": (_node("FreeU_V2", **FREE_U), "FreeU_V2 patches the UNet's blocks (output_block_patch)"),
     "HyperTile": (
         _node("HyperTile", tile_size=256, swap_size=2, max_depth=0, scale_depth=False),
         "HyperTile patches the UNet's blocks (attn1_patch)",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from handlers.engine.unet import UNet
+from luna_protocol.messages import FreeU
 from tests.handlers.test_step_cache_in_batches import request, served  # noqa: F401
 
 
@@ -34,6 +35,16 @@ def test_a_forward_is_bounded_by_its_latents(served, rows, limit, expected):  # 
     for seed, (_, tensors) in enumerate(replies):
         alone = worker.answer(request(seed, 0))[0][1]["out"]
         assert torch.allclose(tensors["out"], alone, atol=1e-4)
+
+
+def test_requests_with_free_u_run_apart_from_those_without(served, rows):  # noqa: F811
+    worker, free_u = served(), (FreeU(version=2, b1=1.3, b2=1.4, s1=0.9, s2=0.2),)
+    rows.clear()
+    replies = worker.answer(request(1, 0), request(1, 0, free_u=free_u), request(2, 0))
+    assert sorted(rows) == [2, 4]
+    plain, changed = replies[0][1]["out"], replies[1][1]["out"]
+    assert torch.equal(worker.answer(request(1, 0, free_u=free_u))[0][1]["out"], changed)
+    assert not torch.allclose(plain, changed, atol=1e-3)
 
 
 def test_the_model_has_run_once_before_it_is_ready(served, rows):  # noqa: F811

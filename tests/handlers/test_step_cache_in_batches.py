@@ -56,11 +56,11 @@ def served(home, tmp_path):
     return lambda **settings: Served(tmp_path, **settings)
 
 
-def request(seed, step, lora=None, session=None, **settings):
+def request(seed, step, lora=None, session=None, free_u=(), **settings):
     generator = torch.Generator().manual_seed(seed)
     x, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(2, 77, SHAPE.context, generator=generator)
     cache = session and StepCache(session=session, step=step, conds=["uncond", "cond"], **settings)
-    message = UNetForward(lora=[LoraUse(name=f"{lora}.safetensors")] if lora else [], step_cache=cache)
+    message = UNetForward(lora=[LoraUse(name=f"{lora}.safetensors")] if lora else [], step_cache=cache, free_u=free_u)
     x = x.repeat(2, 1, 1, 1) * (1 - step / 20)
     return pack(message, {"x": x, "timesteps": torch.full((2,), 900.0 - 50 * step), "context": text})
 

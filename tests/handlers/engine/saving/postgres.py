@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -35,7 +36,8 @@ def postgres() -> Iterator[str]:
             _wait_for(port, server)
             yield f"postgresql+psycopg://luna@127.0.0.1:{port}/postgres"
         finally:
-            server.terminate()
+            # Which does not wait for clients, as SIGTERM does.
+            server.send_signal(signal.SIGINT) if os.name == "posix" else server.terminate()
             server.wait(30)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
