@@ -19,8 +19,8 @@ from benchmarks._bench import arguments, conclude, in_turns, median_ms, scratch_
 from comfy_client.server import Server
 from handlers.engine.saving.decode_queue import DecodeQueue
 from handlers.engine.saving.decode_worker import DecodeWorker
-from handlers.engine.saving.image_writer import encode
 from handlers.engine.saving.picture_records import PictureRecords
+from luna_pictures.encoding import encode
 from luna_protocol.blob import pack
 from luna_protocol.messages import DescribeModel, UNetForward, VaeDecode
 from luna_protocol.save_job import Heatmap, PictureGroup, QueueStatus, SaveJob

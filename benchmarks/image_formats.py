@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks._bench import arguments, conclude, in_turns, median_ms, show
-from handlers.engine.saving.image_writer import encode
+from luna_pictures.encoding import encode
 from luna_protocol.save_job import PictureGroup, SaveJob
 
 

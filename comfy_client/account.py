@@ -7,10 +7,14 @@ from typing import Any
 import urllib3
 
 from comfy_client.server import Server
+from luna_protocol.errors import LunaError
+from luna_protocol.save_job import QueueStatus
 
 _SERIES = re.compile(r"^(\w+)(?:\{[^}]*\})?\s+(\S+)$")
 # TorchServe's own, of which the index tells better.
 _NOT_OURS = ("ts_", "Requests", "QueueTime", "Worker", "HandlerTime", "PredictionTime")
+
+_JOBS_SHOWN = 12
 
 
 class Accountant:
@@ -24,7 +28,8 @@ class Accountant:
 
         address; protocol_version; models and loras as in the index; requests_per_second since the last look; counters,
         the sums of the metrics that LunaServe's handlers declare (LoRA overlays, step cache, decode queue), none where
-        the address does not answer.
+        the address does not answer; queue, its `QueueReport` with the newest jobs and their thumbnails, None where its
+        database cannot be read.
 
         Raises:
             LunaError: the server cannot be reached, or refuses us.
@@ -39,6 +44,7 @@ class Accountant:
             "loras": index.loras,
             "requests_per_second": self._rate(requests),
             "counters": _counters(metrics),
+            "queue": _queue(server),
         }
 
     def _rate(self, requests: int) -> float:
@@ -65,3 +71,10 @@ def _counters(metrics: str) -> dict[str, float]:
     except urllib3.exceptions.HTTPError:
         return {}
     return sums(answer.data.decode()) if answer.status == 200 else {}
+
+
+def _queue(server: Server) -> dict[str, Any] | None:
+    try:
+        return server.call("repository", QueueStatus(limit=_JOBS_SHOWN, thumbnails=True))[0]
+    except LunaError:
+        return None

@@ -13,7 +13,9 @@ from server import PromptServer
 from comfy_client import settings
 from comfy_client.account import Accountant
 from luna_protocol.errors import LunaError, Malformed
+from luna_protocol.save_job import CancelJobs, RetryJobs
 
+_JOB_ACTIONS = {"cancel": CancelJobs, "retry": RetryJobs}
 _accountant = Accountant()
 
 
@@ -35,6 +37,10 @@ def register_routes() -> None:
         fields = await request.json() if request.can_read_body else {}
         return await _answer(lambda: _change(request.match_info["model"], request.match_info["action"], fields))
 
+    @routes.post("/luna/jobs/{job}/{action}")
+    async def change_job(request: web.Request) -> web.Response:
+        return await _answer(lambda: _change_job(request.match_info["job"], request.match_info["action"]))
+
 
 def _change(model: str, action: str, fields: dict[str, Any]) -> dict[str, Any]:
     server = settings.server()
@@ -52,6 +58,12 @@ def _change(model: str, action: str, fields: dict[str, Any]) -> dict[str, Any]:
     else:
         raise Malformed(f"there is no action {action!r}", "load, unload and scale are")
     return {"model": model, "done": action}
+
+
+def _change_job(job: str, action: str) -> dict[str, Any]:
+    if action not in _JOB_ACTIONS:
+        raise Malformed(f"there is no action {action!r}", f"{' and '.join(_JOB_ACTIONS)} are")
+    return settings.server().call("repository", _JOB_ACTIONS[action](job_ids=[job]))[0]
 
 
 async def _answer(work: Callable[[], dict[str, Any]]) -> web.Response:

@@ -127,7 +127,7 @@ def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Arc
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)
         code = temporary / "code"
-        for package in ("luna_protocol", "handlers"):
+        for package in ("luna_protocol", "luna_pictures", "handlers"):
             shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
         config_file = temporary / "model-config.yaml"
         config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -22,14 +22,32 @@ function megabytes(bytes) {
   return `${(bytes / 1e6).toLocaleString(undefined, { maximumFractionDigits: 0 })} MB`;
 }
 
+function picture(thumbnail, title) {
+  return element("img", { src: `data:image/jpeg;base64,${thumbnail}`, title });
+}
+
+// The pictures of a job appear on the node that sent it, as they would on a Save Image node.
+function showOnNode({ node, thumbnails, files }) {
+  const sender = app.graph?.getNodeById(Number(node)) ?? app.graph?.getNodeById(node);
+  if (!sender || !thumbnails.length) return;
+  const images = thumbnails.map((thumbnail, row) => picture(thumbnail, files[row]));
+  Promise.all(images.map((image) => image.decode())).then(() => {
+    sender.imgs = images;
+    sender.imageIndex = images.length === 1 ? 0 : null;
+    sender.setSizeForImage?.();
+    app.graph.setDirtyCanvas(true, true);
+  });
+}
+
 class Panel {
   constructor(root) {
     this.state = element("div", { className: "luna-state" });
     this.models = element("div");
+    this.queue = element("div", { className: "luna-queue" });
     this.counters = element("table", { className: "luna-counters" });
     this.message = element("div", { className: "luna-message" });
     this.busy = new Set();
-    root.replaceChildren(element("div", { className: "luna-panel" }, this.state, this.models, this.counters, this.message));
+    root.replaceChildren(element("div", { className: "luna-panel" }, this.state, this.models, this.queue, this.counters, this.message));
     this.root = root;
     this.tick();
   }
@@ -47,6 +65,7 @@ class Panel {
       this.state.textContent = `down: ${error.message}`;
       this.state.className = "luna-state luna-down";
       this.models.replaceChildren();
+      this.queue.replaceChildren();
       this.counters.replaceChildren();
     }
   }
@@ -55,6 +74,7 @@ class Panel {
     this.state.textContent = `up: ${status.address}, ${status.requests_per_second.toFixed(1)} requests/s`;
     this.state.className = "luna-state luna-up";
     this.models.replaceChildren(...status.models.map((model) => this.card(model)));
+    this.queue.replaceChildren(...(status.queue ? this.jobs(status.queue) : []));
     this.counters.replaceChildren(
       ...Object.entries(status.counters).map(([name, value]) =>
         element("tr", {}, element("td", { textContent: name }), element("td", { textContent: value.toLocaleString() })),
@@ -74,6 +94,25 @@ class Panel {
       element("div", { className: "luna-name" }, element("b", { textContent: model.name }), ...buttons),
       ...(workers.length ? workers : [element("div", { textContent: "not loaded", className: "luna-muted" })]),
     );
+  }
+
+  jobs(queue) {
+    const counts = Object.entries(queue.counts).map(([state, count]) => `${count} ${state}`);
+    const wait = queue.estimated_wait === null ? "" : `, a new job waits ${queue.estimated_wait.toFixed(0)} s`;
+    const head = `decode queue: ${counts.join(", ") || "empty"}, ${queue.throughput.toFixed(1)} jobs/min${wait}`;
+    return [element("b", { textContent: head }), ...queue.jobs.map((job) => this.job(job))];
+  }
+
+  job(job) {
+    const act = (action) =>
+      element("button", {
+        textContent: action,
+        onclick: () => ask(`/luna/jobs/${job.job_id}/${action}`, { method: "POST" }).catch((error) => (this.message.textContent = error.message)).then(() => this.refresh()),
+      });
+    const buttons = { queued: [act("cancel")], running: [act("cancel")], dead: [act("retry")] }[job.state] ?? [];
+    const pictures = job.files.filter((file) => file.thumbnail).map((file) => picture(file.thumbnail, file.path));
+    const told = `${job.state} ${job.files[0]?.path ?? ""}${job.reason ? `: ${job.reason}` : ""}`;
+    return element("div", { className: "luna-job" }, element("div", { className: "luna-name" }, element("span", { textContent: told }), ...buttons), ...pictures);
   }
 
   buttons(model) {
@@ -112,6 +151,9 @@ const STYLE = `
 .luna-name { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
 .luna-name b { flex: 1; }
 .luna-name button { padding: 0 0.5rem; cursor: pointer; }
+.luna-job { padding: 0.2rem 0; }
+.luna-job span { flex: 1; overflow-wrap: anywhere; }
+.luna-job img { height: 4rem; margin: 0.2rem 0.2rem 0 0; border-radius: 4px; }
 .luna-muted { opacity: 0.6; }
 .luna-counters td:last-child { text-align: right; padding-left: 1rem; }
 `;
@@ -139,5 +181,6 @@ app.registerExtension({
     api.addEventListener("luna.warning", ({ detail }) =>
       app.extensionManager.toast.add({ severity: "warn", summary: "LunaServe", detail: detail.message, life: 10000 }),
     );
+    api.addEventListener("luna.saved", ({ detail }) => showOnNode(detail));
   },
 });

@@ -51,7 +51,7 @@ def test_an_archive_carries_our_code_and_nothing_else(checkpoint, home, store) -
         names = packed.namelist()
     assert {"model-config.yaml", "vae_decode_save.py", "luna_protocol/blob.py", "handlers/engine/vae.py"} <= set(names)
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"MAR-INF", "model-config.yaml", "vae_decode_save.py", "luna_protocol", "handlers"}
+    assert tops == {"MAR-INF", "model-config.yaml", "vae_decode_save.py", "luna_protocol", "luna_pictures", "handlers"}
     assert not [name for name in names if "__pycache__" in name]
 
 

@@ -13,12 +13,12 @@ from sqlalchemy.exc import DBAPIError
 from torch import Tensor
 
 from handlers.engine.saving.database import open_database
-from handlers.engine.saving.filenames import inside
 from handlers.engine.saving.job_owner import count_living
 from handlers.engine.saving.job_report import report
 from handlers.engine.saving.job_store import JobStore, Limits, NewJob
 from handlers.engine.saving.job_tables import SCHEMA
-from handlers.engine.saving.save_plan import plan, warnings
+from luna_pictures.filenames import inside
+from luna_pictures.plan import plan, warnings
 from luna_protocol.blob import pack
 from luna_protocol.errors import LunaError, Unavailable
 from luna_protocol.save_job import (

@@ -27,9 +27,9 @@ from handlers.engine.saving.decode_queue import DecodeQueue
 from handlers.engine.saving.job_owner import Owner
 from handlers.engine.saving.job_store import Claim, LostClaim
 from handlers.engine.saving.job_work import Decoded, JobWork, Observe
-from handlers.engine.saving.picture_metadata import plain
 from handlers.engine.saving.picture_records import PictureRecords
 from handlers.engine.saving.watcher import Watcher
+from luna_pictures.metadata import plain
 from luna_protocol.errors import Impossible, LunaError, Malformed, TooLarge
 
 log = logging.getLogger(__name__)

@@ -32,9 +32,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from handlers.engine.saving.filenames import name_key, numbered
 from handlers.engine.saving.job_report import HOLDS_PAYLOAD, accepted, seconds_per_job
 from handlers.engine.saving.job_tables import FILES, JOBS, PAYLOADS, TURNS
+from luna_pictures.filenames import name_key, numbered
+from luna_pictures.plan import NewFile
 from luna_protocol.errors import Malformed, NotFound, TooLarge, Unavailable
 from luna_protocol.save_job import SaveAccepted
 
@@ -60,19 +61,6 @@ class Limits:
     backoff_cap: float = 60.0
     lease: float = 600.0
     keep: float = 7 * 86_400.0
-
-
-@dataclass(frozen=True)
-class NewFile:
-    """A file that a job will have, and the name it would like: a picture, row `row` of group number `group`, or
-    heatmaps."""
-
-    path: PurePosixPath
-    kind: str = "picture"
-    group: int = 0
-    row: int = 0
-    width: int = 0
-    height: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from sqlalchemy import Row
 from torch import Tensor
 
 from handlers.engine.saving.durable_files import holds, put_in_place, write_part
-from handlers.engine.saving.filenames import DISCARDED, inside
-from handlers.engine.saving.image_writer import encode, thumbnail
 from handlers.engine.saving.job_store import Claim, JobStore, StagedFile
 from handlers.engine.saving.picture_records import PictureRecords
-from handlers.engine.saving.quality_gate import quality
 from handlers.engine.saving.watcher import Watcher
+from luna_pictures.encoding import encode, thumbnail
+from luna_pictures.filenames import DISCARDED, inside
+from luna_pictures.quality_gate import quality
 from luna_protocol.blob import unpack
 from luna_protocol.errors import Impossible
 from luna_protocol.save_job import PictureGroup, SaveJob

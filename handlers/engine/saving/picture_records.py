@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 
 from handlers.engine.saving.database import open_database
-from handlers.engine.saving.picture_metadata import model_texts, plain
+from luna_pictures.metadata import model_texts, plain
 from luna_protocol.save_job import PictureGroup, SaveJob
 
 SCHEMA = MetaData()

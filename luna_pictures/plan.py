@@ -1,15 +1,15 @@
 """Which files a job will have, and whether its tensors can become them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import torch
 from torch import Tensor
 
-from handlers.engine.saving.filenames import model_variables, picture_name, render
-from handlers.engine.saving.image_writer import EXTENSIONS, MAX_SIDE
-from handlers.engine.saving.job_store import NewFile
-from handlers.engine.saving.picture_metadata import generation_texts, jpeg_exif, model_texts, workflow_texts
+from luna_pictures.encoding import EXTENSIONS, MAX_SIDE
+from luna_pictures.filenames import model_variables, picture_name, render
+from luna_pictures.metadata import generation_texts, jpeg_exif, model_texts, workflow_texts
 from luna_protocol.errors import Impossible, Malformed, TooLarge
 from luna_protocol.save_job import PictureGroup, SaveJob
 
@@ -17,6 +17,19 @@ MAX_ROWS = 64
 MAX_PIXELS = 16 * 4096 * 4096  # of a whole job, which is decoded in memory
 HEATMAPS = "_heatmaps"
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file that a job will have, and the name it would like: a picture, row `row` of group number `group`, or
+    heatmaps."""
+
+    path: PurePosixPath
+    kind: str = "picture"
+    group: int = 0
+    row: int = 0
+    width: int = 0
+    height: int = 0
 
 
 def plan(job: SaveJob, tensors: Mapping[str, Tensor], latent_channels: int, latent_scale: int) -> list[NewFile]:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from handlers.engine.saving.image_writer import encode, thumbnail, to_8_bits
-from handlers.engine.saving.picture_metadata import jpeg_exif
-from handlers.engine.saving.png import png
-from handlers.engine.saving.save_plan import warnings
+from luna_pictures.encoding import encode, thumbnail, to_8_bits
+from luna_pictures.metadata import jpeg_exif
+from luna_pictures.plan import warnings
+from luna_pictures.png import png
 from luna_protocol.save_job import PictureGroup, SaveJob
 
 PROMPT = {"3": {"class_type": "KSampler", "inputs": {"seed": 7, "text": 'quote " and é'}}}

@@ -10,7 +10,11 @@ import zlib
 from collections.abc import Mapping
 
 import numpy as np
-from isal import isal_zlib
+
+try:
+    from isal import isal_zlib
+except ImportError:  # as in ComfyUI's environment: zlib makes the same pictures, more slowly
+    isal_zlib = None
 
 # The levels that ISA-L covers; above them zlib is slow and small.
 FAST_LEVELS = range(1, 5)
@@ -37,7 +41,7 @@ def png(picture: np.ndarray, level: int, texts: Mapping[str, str]) -> bytes:
 
 
 def _compress(rows: np.ndarray, level: int) -> bytes:
-    if level in FAST_LEVELS:
+    if isal_zlib and level in FAST_LEVELS:
         return isal_zlib.compress(rows, min(level - 1, 2))
     return zlib.compress(rows, level)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.engine.saving.filenames import (
+from luna_pictures.filenames import (
     MAX_DEPTH,
     inside,
     model_variables,

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from handlers.engine.saving.picture_metadata import exif, generation_texts, jpeg_exif, workflow_texts
-from handlers.engine.saving.png import FAST_LEVELS, png
+from luna_pictures.metadata import exif, generation_texts, jpeg_exif, workflow_texts
+from luna_pictures.png import FAST_LEVELS, png
 from luna_protocol.save_job import PictureFormat, PictureGroup, SaveJob
 
 EXTENSIONS: dict[PictureFormat, str] = {"png": "png", "png16": "png", "webp": "webp", "jpeg": "jpg"}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from handlers.engine.saving.filenames import model_variables
+from luna_pictures.filenames import model_variables
 from luna_protocol.save_job import PictureGroup, SaveJob
 
 # JPEG keeps EXIF in one segment, whose length has 16 bits.

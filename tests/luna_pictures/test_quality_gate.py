@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from handlers.engine.saving.quality_gate import quality
+from luna_pictures.quality_gate import quality
 
 GATES = ("variance", "edge_density", "both")
 

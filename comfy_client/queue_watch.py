@@ -1,0 +1,79 @@
+"""Follows the jobs that this ComfyUI has sent, and tells the browser when their pictures are there."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from comfy_client.server import Server
+from luna_protocol.errors import LunaError
+from luna_protocol.messages import validate
+from luna_protocol.save_job import JobStatus, QueueReport, QueueStatus
+
+log = logging.getLogger(__name__)
+
+_EVERY_SECONDS = 0.5
+_AT_ONCE = 256  # as many jobs as one request may name
+
+
+class QueueWatch:
+    """A thread that runs while there are jobs to follow.
+
+    Args:
+        tell: `tell(event, message)` sends to the browser: "luna.saved" with job_id, node, files and thumbnails (JPEG,
+            base64) when a job is done, "luna.warning" with its reason when it failed for good.
+    """
+
+    def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
+        self._tell = tell
+        self._jobs: dict[str, tuple[Server, str]] = {}
+        self._lock = threading.Lock()
+
+    def follow(self, server: Server, job_id: str, node: str) -> None:
+        """Tell about this job, which `node` of the workflow has sent, once it has ended."""
+        with self._lock:
+            self._jobs[job_id] = server, node
+            if len(self._jobs) == 1:
+                threading.Thread(target=self._run, name="luna queue watch", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_EVERY_SECONDS)
+            with self._lock:
+                jobs = dict(self._jobs)
+            for server in {server for server, _ in jobs.values()}:
+                self._look(server, [job for job, (theirs, _) in jobs.items() if theirs is server][:_AT_ONCE])
+            with self._lock:
+                if not self._jobs:
+                    return
+
+    def _look(self, server: Server, jobs: list[str]) -> None:
+        try:
+            message, _ = server.call("repository", QueueStatus(job_ids=jobs, thumbnails=True))
+        except LunaError as error:
+            log.debug("the queue cannot be asked: %s", error)
+            return
+        found = {job.job_id: job for job in validate(QueueReport, message).jobs}
+        for job_id in jobs:
+            job = found.get(job_id)
+            if job is None or job.state in ("done", "dead", "cancelled"):
+                with self._lock:
+                    _, node = self._jobs.pop(job_id)
+                if job is not None:
+                    self._ended(job, node)
+
+    def _ended(self, job: JobStatus, node: str) -> None:
+        if job.state == "done":
+            pictures = [file for file in job.files if file.kind == "picture"]
+            self._tell(
+                "luna.saved",
+                {
+                    "job_id": job.job_id,
+                    "node": node,
+                    "files": [file.path for file in pictures],
+                    "thumbnails": [file.thumbnail for file in pictures if file.thumbnail],
+                },
+            )
+        elif job.state == "dead":
+            self._tell("luna.warning", {"message": f"job {job.job_id[:8]} was not saved: {job.reason}"})
