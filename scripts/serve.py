@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from comfy_client.server import Server
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.roots import Roots
 from handlers.worker_state import KEEPER
-from luna_protocol.errors import LunaError
+from luna_protocol.errors import LunaError, NotFound
 from serving.archives import pack_repository, refresh
 from serving.keeper import Keeper, Registered
 from serving.loading import load, overview
@@ -34,6 +35,11 @@ def restored(store: list[str], registered: dict[str, int]) -> dict[str, int | No
     wanted = {model: registered.get(model) for model in store}
     # Whatever was unloaded, the repository model is what tells of it.
     return {model: count for model, count in wanted.items() if count != 0} | {"repository": None}
+
+
+def of_role(model: str, role: str | None) -> bool:
+    """Whether the model is of this role; of any, for None. The repository is of all."""
+    return role is None or model == "repository" or bool(re.search(rf"\.{role}(\.\d+)?(/|$)", model))
 
 
 def exposed(arguments: argparse.Namespace, ports: Ports) -> dict[str, str]:
@@ -91,16 +97,18 @@ def main() -> int:
         Roots.from_environment(ROOT)
         budgets = Budgets.from_environment()
         pack_repository(arguments.store)
-        stored = [archive.model for archive in refresh(arguments.store)]
-        if arguments.only:
-            stored = [model for model in stored if re.search(rf"\.{arguments.only}(\.\d+)?(/|$)", model)]
-        wanted = restored(stored, Registered(arguments.run).read())
+        stored = [archive.model for archive in refresh(arguments.store) if of_role(archive.model, arguments.only)]
+        registered = Registered.read(arguments.run)
+        wanted = restored(stored, registered.workers)
         (arguments.run / KEEPER).unlink(missing_ok=True)
         ports = Ports.from_first(arguments.port)
         with TorchServe(arguments.store, arguments.run, ports, **exposed(arguments, ports)) as torchserve:
             server = Server(torchserve.inference, torchserve.management, torchserve.key_file)
             load(server, wanted, console, workers=wanted)
-            keeper = Keeper(server, arguments.run, budgets)
+            for model, version in registered.default_versions.items():
+                with suppress(NotFound):  # a version that is not loaded any more
+                    server.set_default(model, version)
+            keeper = Keeper(server, arguments.run, budgets, lambda model: of_role(model, arguments.only))
             keeper.start()
             try:
                 announce(console, torchserve, server)

@@ -10,18 +10,20 @@ It works from the workers' own records and the management API, so it does not ma
 asked for the load.
 """
 
-import json
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from comfy_client.server import Server
 from handlers.engine.memory_budget import Budgets, device_key, gigabytes
-from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
+from handlers.worker_state import FIRST_VERSION, KEEPER, ROOM_SECONDS, holds, live_workers
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Worker, validate
 from luna_protocol.save_job import QueueReport, QueueStatus
@@ -30,43 +32,59 @@ log = logging.getLogger(__name__)
 
 FINISH_SECONDS = 20.0
 IDLE_SECONDS = ROOM_SECONDS / 2
+_REGISTERED = "registered.json"
 _POLL_SECONDS = 1.0
 _REMEMBER_EVERY = 10  # polls; each asks TorchServe about every model
 _PART = re.compile(r"\.(unet|clip|vae)(\.\d+)?(/.+)?$")
 
 
+@dataclass(frozen=True)
 class Registered:
-    """Which models were registered, with how many workers: a small JSON file in the run folder.
+    """What is registered, as the archives are called.
 
-    A model of the store that the file does not know is new; one that it knows with 0 workers was unloaded.
+    workers: how many each model has. One of the store that is not among them is new; one with 0 was unloaded.
+    default_versions: which one answers to the plain name of a model that has several.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / "registered.json"
+    workers: dict[str, int] = field(default_factory=dict)
+    default_versions: dict[str, str] = field(default_factory=dict)
 
-    def read(self) -> dict[str, int]:
+    @classmethod
+    def read(cls, run: Path) -> "Registered":
+        """What was written last; nothing, so that all is new, if nobody can tell."""
         try:
-            return {str(model): int(count) for model, count in json.loads(self.path.read_text("utf-8")).items()}
+            return TypeAdapter(cls).validate_json((run / _REGISTERED).read_text("utf-8"))
         except FileNotFoundError:
-            return {}
-        except (ValueError, AttributeError, TypeError) as error:
-            log.warning("%s is unreadable, so every model is loaded: %s", self.path, error)
-            return {}
+            return cls()
+        except ValueError as error:
+            log.warning("%s is unreadable, so every model is loaded: %s", run / _REGISTERED, error)
+            return cls()
 
-    def write(self, workers: dict[str, int]) -> None:
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(workers, indent=1, sort_keys=True), "utf-8")
-        os.replace(partial, self.path)
+    def updated(self, workers: dict[str, int], defaults: dict[str, str], stored: Iterable[str]) -> "Registered":
+        """With what is registered now; what is `stored`, and is not, was unloaded. Of all else, it stays as it was."""
+        ours = dict.fromkeys(map(_archived, stored), 0) | {_archived(model): n for model, n in workers.items()}
+        return Registered(self.workers | ours, self.default_versions | defaults)
+
+    def write(self, run: Path) -> None:
+        partial = run / f"{_REGISTERED}.tmp"
+        partial.write_bytes(TypeAdapter(Registered).dump_json(self, indent=1))
+        os.replace(partial, run / _REGISTERED)
 
 
 class Keeper:
-    """Works in a thread of its own between `start` and `stop`."""
+    """Works in a thread of its own between `start` and `stop`.
 
-    def __init__(self, server: Server, run: Path, budgets: Budgets) -> None:
+    Args:
+        serves: whether a model is this server's business; what is remembered of others stays as it is.
+    """
+
+    def __init__(
+        self, server: Server, run: Path, budgets: Budgets, serves: Callable[[str], bool] = lambda model: True
+    ) -> None:
         self.server = server
         self.run = run
         self.budgets = budgets
-        self.registered = Registered(run)
+        self.serves = serves
         self._draining: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="keeper", daemon=True)
@@ -97,10 +115,12 @@ class Keeper:
         return [job.job_id for job in report.jobs if job.state == "running"]
 
     def remember(self) -> None:
-        """Write down what is registered."""
-        known = dict.fromkeys(self.registered.read(), 0)
-        known |= dict.fromkeys((model.name for model in self.server.index().models), 0)
-        self.registered.write(known | self._wanted())
+        """Write down what is registered, for the next start."""
+        workers = self._wanted()
+        versions = {model: self.server.versions(model) for model in {name.partition("/")[0] for name in workers}}
+        defaults = {model: default for model, (several, default) in versions.items() if len(several) > 1}
+        stored = [model.name for model in self.server.index().models]
+        Registered.read(self.run).updated(workers, defaults, filter(self.serves, stored)).write(self.run)
 
     def make_room(self) -> None:
         """Unload what is idle, for each worker that waits and can be helped."""
@@ -170,6 +190,11 @@ class Keeper:
         if lacking <= 0 and chosen:
             log.info("%s of room on %s", gigabytes(sum(held[model] for model in chosen)), device)
         return chosen if lacking <= 0 else []
+
+
+def _archived(model: str) -> str:
+    """What its archive makes of a model's name: the first version has none."""
+    return model.removesuffix(f"/{FIRST_VERSION}")
 
 
 def _parts(model: str, workers: dict[str, list[Worker]]) -> list[Worker]:

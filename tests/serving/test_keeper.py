@@ -59,7 +59,17 @@ def test_other_devices_are_left_alone():
 
 def test_an_unreadable_memory_of_what_was_loaded_loads_everything(tmp_path):
     (tmp_path / "registered.json").write_text('["a"]')
-    assert Registered(tmp_path).read() == {}
+    assert Registered.read(tmp_path) == Registered()
+
+
+def test_versions_and_their_default_are_remembered_and_other_roles_left_alone(tmp_path):
+    before = Registered({"a.unet": 1, "a.vae": 2, "b.unet": 1}, {"c.unet": "3.0"})
+    stored = ["a.unet/1.0", "a.unet/2.0", "b.unet", "new.unet"]
+    now = before.updated({"a.unet/1.0": 1, "a.unet/2.0": 3}, {"a.unet": "2.0"}, stored)
+    workers = {"a.unet": 1, "a.unet/2.0": 3, "b.unet": 0, "new.unet": 0, "a.vae": 2}
+    assert now == Registered(workers, {"a.unet": "2.0", "c.unet": "3.0"})
+    now.write(tmp_path)
+    assert Registered.read(tmp_path) == now
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +155,7 @@ def test_a_life_of_models(running, monkeypatch):
         assert len(answers) == 10 and len(answered) >= 5, answers
     finally:
         keeper.stop()
-    registered = Registered(running.run).read()
+    registered = Registered.read(running.run).workers
     assert registered.pop("c.unet") in (0, 1)  # the worker that answered may still be there
     assert registered == {
         "repository": 1,
