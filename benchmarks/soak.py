@@ -2,9 +2,11 @@
 
 Each client samples with random LoRAs and step caches; some of its runs end early, and some of its requests are given up
 while they run. The caches are kept small, so that they are full, and evict, from early on. Memory and open files of
-every process are read each second, and after a warm-up of a fifth a line is fitted to them over the steps. That
-the base weights stay as they are is told by their pages: they are mapped from the checkpoint's file, and a write to one
-would have made the worker a page of its own.
+every process are read each second, and after a warm-up of a fifth a line is fitted to them over the steps. Ctrl-C ends
+it early, with what it has by then.
+
+That the base weights stay as they are is told by their pages: they are mapped from the checkpoint's file, and a write
+to one would have made the worker a page of its own.
 """
 
 import argparse
@@ -134,10 +136,13 @@ def soak(torchserve: TorchServe, work: Work, clients: int, checkpoint: Path, fol
         thread.start()
     readings = []
     while any(thread.is_alive() for thread in threads):
-        readings.append(read(work, processes, folders))
-        time.sleep(1)
+        try:
+            readings.append(read(work, processes, folders))
+            time.sleep(1)
+        except KeyboardInterrupt:
+            work.enough = 0
     seconds = time.monotonic() - begun
-    late = [reading for reading in readings if reading.steps > work.enough / 5] or readings
+    late = [reading for reading in readings if reading.steps >= work.steps / 5]
     done = numpy.array([reading.steps for reading in late], dtype=float)
     rows, slopes = [], {}
     for number, name in enumerate(names):

@@ -112,7 +112,7 @@ def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, t
         addresses = {"LUNA_INFERENCE": running.inference, "LUNA_MANAGEMENT": running.management}
         with stray(**addresses, LUNA_TOKEN_FILE=str(running.key_file)) as comfyui:
             g = Graph()
-            _picture(g, steps=30, width=256, height=256)
+            _picture(g, steps=12, width=256, height=256)
             prompt = comfyui.start(g)
             _wait_for_step(comfyui)
             psutil.Process(_worker_pid(running, "repository")).parent().kill()

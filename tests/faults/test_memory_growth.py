@@ -1,5 +1,6 @@
 """Work that repeats itself takes no more memory than it did at first; benchmarks/soak.py is the long version."""
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ def sample(torchserve: TorchServe, model: str, loras: list[str], number: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="counts POSIX file descriptors")
 def test_memory_stays_as_it_was_after_the_first_rounds(torchserve, server: Server, served_tiny, home: Path) -> None:
     model = f"{served_tiny}.unet"
     folder = home / "models" / "loras"

@@ -102,7 +102,7 @@ def test_what_a_killed_server_accepted_another_does_once(servers, database: str 
 
     # Started again, the same client knows the new server's tokens, and the queue is what it was.
     begun = time.monotonic()
-    with servers[0].start():
+    with servers[0]:
         load(clients[0])
         clients[0].wait_ready(MODELS)
         report = clients[0].call("repository", QueueStatus(limit=0))[0]
