@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -127,6 +128,19 @@ class ComfyUI:
         if self._process:
             self._process.terminate()
             self._process.wait(30)
+
+    def wait_for_step(self) -> None:
+        """Until the sampler has made a step, which its progress bar writes to the log."""
+        made = self._steps()
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if self._steps() > made:
+                return
+            time.sleep(0.05)
+        raise TimeoutError("the sampler made no step")
+
+    def _steps(self) -> int:
+        return len(re.findall(r"\d(?:it/s|s/it)\]", self.log.read_text(errors="replace")))
 
     @property
     def process(self) -> psutil.Process:

@@ -1,7 +1,6 @@
 """What a user reads when something is not there, and how soon a cancelled run ends."""
 
 import contextlib
-import re
 import shutil
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ def test_interrupt_ends_a_run_within_0_3_seconds(comfyui: ComfyUI) -> None:
     g = Graph()
     _picture(g, steps=500, width=256, height=256)
     prompt = comfyui.start(g)
-    _wait_for_step(comfyui)
+    comfyui.wait_for_step()
     pressed = time.time()
     comfyui.post("/interrupt")
     with pytest.raises(RunFailed, match="interrupted"):
@@ -44,7 +43,7 @@ def test_a_worker_killed_in_a_run_is_not_noticed(comfyui: ComfyUI, torchserve: T
     comfyui.post("/free", {"free_memory": True})  # forgets the outcome, so that the same graph runs again
     worker = psutil.Process(_worker_pid(torchserve, "sd15.unet"))
     prompt = comfyui.start(g)
-    _wait_for_step(comfyui)
+    comfyui.wait_for_step()
     worker.kill()
     assert (comfyui.wait(prompt).latents["latent"] == expected).all()
 
@@ -114,7 +113,7 @@ def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, t
             g = Graph()
             _picture(g, steps=12, width=256, height=256)
             prompt = comfyui.start(g)
-            _wait_for_step(comfyui)
+            comfyui.wait_for_step()
             psutil.Process(_worker_pid(running, "repository")).parent().kill()
             killed = time.monotonic()
             with pytest.raises(RunFailed, match=rf"no server at {running.inference}.*start it with scripts/serve.py"):
@@ -158,18 +157,3 @@ def test_a_wrong_token(stray, tmp_path) -> None:
 def _worker_pid(torchserve: TorchServe, name: str) -> int:
     [model] = (model for model in connect(torchserve).index().models if model.name == name)
     return model.workers[0].pid
-
-
-def _wait_for_step(comfyui: ComfyUI) -> None:
-    """Until the sampler has made a step, which its progress bar writes to the log."""
-    made = _steps(comfyui)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if _steps(comfyui) > made:
-            return
-        time.sleep(0.05)
-    raise TimeoutError("the sampler made no step")
-
-
-def _steps(comfyui: ComfyUI) -> int:
-    return len(re.findall(r"\d(?:it/s|s/it)\]", comfyui.log.read_text(errors="replace")))
