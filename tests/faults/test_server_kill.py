@@ -24,7 +24,7 @@ from tests.handlers.engine.saving.postgres import postgres
 from tests.handlers.engine.saving.save_jobs import a_job, check_each_done_once, latents
 
 MODELS = ("repository", "tiny.vae")
-JOBS = 30
+JOBS = 20
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -81,7 +81,7 @@ def test_what_a_killed_server_accepted_another_does_once(servers, database: str 
     clients = [connect(torchserve, patience=5) for torchserve in servers]
     jobs = [a_job("png", job_id=f"shared-{n}", save_mode="database_store") for n in range(JOBS)]
     for n, job in enumerate(jobs):
-        clients[n % 2].call("tiny.vae", job, latents(job, rows=2, size=40))
+        clients[n % 2].call("tiny.vae", job, latents(job, rows=2, size=32))
     while not queue.report(QueueStatus(limit=0)).counts["done"]:
         time.sleep(0.01)
     kill(servers[0])
