@@ -121,24 +121,22 @@ def start(home: Path, context_dim: int) -> Start:
             server.call("it.unet", UNetForward(), tensors)
             return time.perf_counter() - asked
 
-        while (first := attempt(step)) is None:
-            if served.poll() is not None:
-                raise SystemExit("serve.py ended while starting")
-            time.sleep(0.05)
+        def once_possible(call: Callable[[], float | None]) -> float | None:
+            while served.poll() is None:
+                try:
+                    return call()
+                except LunaError:  # nothing answers yet, the model is not registered yet, or it loads
+                    time.sleep(0.05)
+            raise SystemExit("serve.py ended while starting")
+
+        first = once_possible(step)
         unet = time.perf_counter() - begun
-        server.wait_ready(["it.clip", "it.vae", "repository"])
+        once_possible(lambda: server.wait_ready(["it.clip", "it.vae", "repository"]))
         all_models = time.perf_counter() - begun
         return Start(unet, all_models, first, [step() for _ in range(LATER_REQUESTS)])
     finally:
         served.send_signal(signal.SIGTERM)
         served.wait(60)
-
-
-def attempt(step: Callable[[], float]) -> float | None:
-    try:
-        return step()
-    except LunaError:  # nothing answers yet, the model is not registered yet, or it loads
-        return None
 
 
 if __name__ == "__main__":
