@@ -61,7 +61,7 @@ class Client:
 def main() -> None:
     options = arguments(__doc__)
     counts = (1, 4, 8) if options.quick else (1, 2, 4, 8)
-    steps = 20 if options.quick else 10
+    steps = 10
     shape = MINIATURE if options.quick else SD15
     rows, throughput, memory, one_model = [], {}, {}, 0
     with scratch_home() as home:
@@ -69,21 +69,21 @@ def main() -> None:
         checkpoints.write(file, shape)
         archives = pack_checkpoint(file, home / "model_store", "shared", "fp32", home)
         [model] = [archive.model for archive in archives if archive.model.endswith(".unet")]
-        for count in counts:
-            local = run({"file": str(file), "steps": steps}, count, max(1, CORES // count), [])
-            os.environ["OMP_NUM_THREADS"] = str(CORES)
-            with serving(home, [model]) as (torchserve, _):
-                addresses = {"inference": torchserve.inference, "management": torchserve.management}
-                way = addresses | {"key_file": str(torchserve.key_file), "model": model, "steps": steps}
-                way |= {"context_dim": shape.unet.context}
-                served = run(way, count, 1, psutil.Process().children(recursive=True))
-            one_model = one_model or local["pss"]
-            throughput[str(count)] = served["pictures"] / local["pictures"]
-            memory[str(count)] = served["pss"] / one_model
-            for name, measured in (("one server", served), ("separate", local)):
-                rows.append(
-                    [count, name, *(measured[key] for key in ("pictures", "p50", "p99")), measured["pss"] / 1e6]
-                )
+        os.environ["OMP_NUM_THREADS"] = str(CORES)
+        with serving(home, [model]) as (torchserve, _):
+            server = psutil.Process().children(recursive=True)
+            addresses = {"inference": torchserve.inference, "management": torchserve.management}
+            way = addresses | {"key_file": str(torchserve.key_file), "model": model, "steps": steps}
+            way |= {"context_dim": shape.unet.context}
+            for count in counts:
+                local = run({"file": str(file), "steps": steps}, count, max(1, CORES // count), [])
+                served = run(way, count, 1, server)
+                one_model = one_model or local["pss"]
+                throughput[str(count)] = served["pictures"] / local["pictures"]
+                memory[str(count)] = served["pss"] / one_model
+                for name, measured in (("one server", served), ("separate", local)):
+                    figures = [measured[key] for key in ("pictures", "p50", "p99")]
+                    rows.append([count, name, *figures, measured["pss"] / 1e6])
     show(
         f"{'Miniature' if options.quick else 'SD1.5'} at {SIDE * 8} px, {CORES} cores",
         ["clients", "", "pictures a minute", "p50 step, ms", "p99 step, ms", "PSS of all, MB"],
