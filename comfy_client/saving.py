@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luna_pictures.encoding import encode
-from luna_pictures.filenames import DISCARDED, inside, numbered
+from luna_pictures.encoding import encode, to_8_bits
+from luna_pictures.filenames import discarded, inside, numbered
 from luna_pictures.plan import plan
 from luna_pictures.quality_gate import quality
 from luna_protocol.errors import Malformed
@@ -87,10 +87,8 @@ def save_here(
     for file in plan(job, decoded, latent_channels=0, latent_scale=1):
         group = job.groups[file.group]
         picture = decoded[group.tensor][file.row].cpu().numpy()
-        score = quality(picture if picture.dtype != "uint8" else picture / 255.0, job.quality_gate)
-        path = file.path
-        if score is not None and score < job.min_quality:
-            path = path.parent / DISCARDED / path.name
+        score = quality(picture, job.quality_gate)
+        path = discarded(file.path) if score is not None and score < job.min_quality else file.path
         saved.append(_write(output, path, encode(picture, job, group, file.row)))
     return saved
 
@@ -99,8 +97,7 @@ def _compact(batch: Batch) -> Tensor:
     """8 bits where the format keeps no more: a quarter of what travels."""
     if batch.format == "png16" or batch.image.dtype == torch.uint8 or not torch.isfinite(batch.image).all():
         return batch.image.contiguous()
-    # Rounded down, as ComfyUI's SaveImage does.
-    return (batch.image.clamp(0, 1) * 255).to(torch.uint8).contiguous()
+    return torch.from_numpy(to_8_bits(batch.image.float().cpu().numpy()))
 
 
 def _write(output: Path, wanted: PurePosixPath, content: bytes) -> str:

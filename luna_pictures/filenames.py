@@ -84,6 +84,11 @@ def safe_name(text: str) -> str:
     return text or "_"
 
 
+def discarded(path: PurePosixPath) -> PurePosixPath:
+    """Where a picture that the quality gate rejects goes; one that is there stays."""
+    return path if path.parent.name == DISCARDED else path.parent / DISCARDED / path.name
+
+
 def numbered(path: PurePosixPath, number: int) -> PurePosixPath:
     """`path`, told apart from files of the same name by `number`; 0 leaves it as it is."""
     return path if number == 0 else path.with_name(f"{path.stem}_{number:05d}{path.suffix}")

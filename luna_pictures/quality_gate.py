@@ -13,7 +13,7 @@ _EDGE = 0.05
 
 
 def quality(picture: np.ndarray, gate: Gate) -> float | None:
-    """The score of a picture [H, W, C] in 0..1 (not 0..255): 0 flat, 1 like a photograph or livelier; None when
+    """The score of a picture [H, W, C], uint8 or floating 0..1: 0 flat, 1 like a photograph or livelier; None when
     disabled.
 
     variance: the standard deviation of the luminance over 0.25. edge_density: the share of pixels whose luminance
@@ -21,6 +21,8 @@ def quality(picture: np.ndarray, gate: Gate) -> float | None:
     """
     if gate == "disabled":
         return None
+    if picture.dtype == np.uint8:
+        picture = picture / np.float32(255)
     luminance = picture[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     scores = []
     if gate in ("variance", "both"):

@@ -1,17 +1,14 @@
 """Luna Model Router: MODEL, CLIP and VAE from the server, or ComfyUI's own in their place."""
 
-import logging
 from typing import Any
 
 import folder_paths
-from server import PromptServer
 
 from comfy_client import local, settings
 from comfy_client.nodes import choices
+from comfy_client.notice import warn
 from comfy_client.proxies.served import served
 from luna_protocol.errors import LunaError, NotFound
-
-log = logging.getLogger(__name__)
 
 CHECKPOINT_ATTACHMENT = "luna_checkpoint"
 _SAME = "from checkpoint"
@@ -91,9 +88,7 @@ class LunaModelRouter:
                 f"neither the server nor ComfyUI can give {', '.join(sorted(set(wanted.values())))}",
                 f"server: {error}; ComfyUI: {absent}",
             ) from error
-        warning = f"Luna Model Router runs locally: {error}"
-        log.warning(warning)
-        PromptServer.instance.send_sync("luna.warning", {"message": warning})
+        warn(f"Luna Model Router runs locally: {error}")
         return parts
 
 

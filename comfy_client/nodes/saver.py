@@ -1,6 +1,5 @@
-"""Luna Multi Saver (Async): latents to pictures on the server while ComfyUI samples on; Luna Queue Status."""
+"""Luna Multi Saver (Async): latents to pictures on the server while ComfyUI samples on."""
 
-import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,14 @@ import folder_paths
 from comfy.cli_args import args
 from server import PromptServer
 
-from comfy_client import local, settings
+from comfy_client import local
+from comfy_client.notice import warn
 from comfy_client.proxies.vae import RemoteAutoencoder
 from comfy_client.queue_watch import QueueWatch
 from comfy_client.saving import Batch, job_of, save_here
-from luna_protocol.errors import LunaError, Unavailable
+from luna_protocol.errors import Unavailable
 from luna_protocol.messages import validate
-from luna_protocol.save_job import QueueReport, QueueStatus, SaveAccepted, SaveJob
-
-log = logging.getLogger(__name__)
+from luna_protocol.save_job import SaveAccepted, SaveJob
 
 _SLOTS = range(1, 6)
 _AFFIXES = ("ORIG", "UPSCALED", "DETAILED", "FINAL", "IMAGE5")
@@ -141,37 +139,9 @@ class LunaMultiSaver:
             return _save_locally(job, tensors, own, str(error))
         accepted = validate(SaveAccepted, message)
         for warning in accepted.warnings:
-            _warn(f"Luna Multi Saver: {warning}")
+            warn(f"Luna Multi Saver: {warning}")
         _WATCH.follow(remote.replicas.server, job.job_id, node)
         return accepted.files
-
-
-class LunaQueueStatus:
-    TITLE = "Luna Queue Status"
-    CATEGORY = "Luna"
-    DESCRIPTION = "The decode queue's figures and its newest jobs, as text."
-    RETURN_TYPES = ("STRING", "INT")
-    RETURN_NAMES = ("status", "waiting")
-    FUNCTION = "report"
-    OUTPUT_NODE = True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        limit = {"default": 10, "min": 0, "max": 1000, "tooltip": "How many jobs to tell of, the newest first."}
-        return {"required": {"limit": ("INT", limit)}}
-
-    @classmethod
-    def IS_CHANGED(cls, limit: int) -> float:
-        return float("nan")
-
-    def report(self, limit: int):
-        server = settings.server()
-        try:
-            report = validate(QueueReport, server.call("repository", QueueStatus(limit=limit))[0])
-            told, waiting = _text(report), report.counts.get("queued", 0) + report.counts.get("running", 0)
-        except LunaError as error:
-            told, waiting = f"{server.inference}: {error}", -1
-        return {"ui": {"text": [told]}, "result": (told, waiting)}
 
 
 def _save_locally(job: SaveJob, tensors: dict[str, Any], vae: Any, why: str) -> list[str]:
@@ -181,23 +151,8 @@ def _save_locally(job: SaveJob, tensors: dict[str, Any], vae: Any, why: str) -> 
         *(["heatmaps"] if job.heatmaps else []),
     ]
     without = f", without {' and '.join(lacking)}" if lacking else ""
-    _warn(f"Luna Multi Saver: ComfyUI decoded and saved {len(files)} pictures itself{without}, because {why}")
+    warn(f"Luna Multi Saver: ComfyUI decoded and saved {len(files)} pictures itself{without}, because {why}")
     return files
 
 
-def _warn(message: str) -> None:
-    log.warning(message)
-    PromptServer.instance.send_sync("luna.warning", {"message": message})
-
-
-def _text(report: QueueReport) -> str:
-    counts = ", ".join(f"{count} {state}" for state, count in report.counts.items()) or "empty"
-    wait = "unknown" if report.estimated_wait is None else f"{report.estimated_wait:.0f} s"
-    lines = [f"{counts}; {report.throughput:.1f} jobs a minute; a new job would wait {wait}"]
-    for job in report.jobs:
-        reason = f" ({job.reason})" if job.reason else ""
-        lines.append(f"{job.job_id[:8]} {job.state}{reason}: {', '.join(file.path for file in job.files)}")
-    return "\n".join(lines)
-
-
-NODES = {"LunaMultiSaver": LunaMultiSaver, "LunaQueueStatus": LunaQueueStatus}
+NODES = {"LunaMultiSaver": LunaMultiSaver}

@@ -1,36 +1,67 @@
-"""Luna Server Status: what the server holds and does, as text."""
+"""Luna Server Status and Luna Queue Status: what the server holds, does and has to do, as text."""
 
+from collections.abc import Callable
 from typing import Any
 
 from comfy_client import settings
 from comfy_client.panel import account
+from comfy_client.server import Server
 from luna_protocol.errors import LunaError
+from luna_protocol.messages import validate
+from luna_protocol.save_job import QueueReport, QueueStatus
 
 
-class LunaServerStatus:
-    TITLE = "Luna Server Status"
+class _Report:
     CATEGORY = "Luna"
+    FUNCTION = "report"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_inputs: Any) -> float:
+        return float("nan")
+
+    @staticmethod
+    def _shown(look: Callable[[Server], tuple[str, Any]], away: Any) -> dict[str, Any]:
+        """A node's outcome: the text and figure that `look` gives, or why it cannot and `away`."""
+        server = settings.server()
+        try:
+            told, figure = look(server)
+        except LunaError as error:
+            told, figure = f"{server.inference}: {error}", away
+        return {"ui": {"text": [told]}, "result": (told, figure)}
+
+
+class LunaServerStatus(_Report):
+    TITLE = "Luna Server Status"
     DESCRIPTION = "Devices, memory, models, workers, requests, cache hits and queue of the server."
     RETURN_TYPES = ("STRING", "BOOLEAN")
     RETURN_NAMES = ("status", "running")
-    FUNCTION = "report"
-    OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {}}
 
-    @classmethod
-    def IS_CHANGED(cls) -> float:
-        return float("nan")
-
     def report(self):
-        server = settings.server()
-        try:
-            told, running = _text(account()), True
-        except LunaError as error:
-            told, running = f"{server.inference}: {error}", False
-        return {"ui": {"text": [told]}, "result": (told, running)}
+        return self._shown(lambda _server: (_text(account()), True), away=False)
+
+
+class LunaQueueStatus(_Report):
+    TITLE = "Luna Queue Status"
+    DESCRIPTION = "The decode queue's figures and its newest jobs, as text."
+    RETURN_TYPES = ("STRING", "INT")
+    RETURN_NAMES = ("status", "waiting")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        limit = {"default": 10, "min": 0, "max": 1000, "tooltip": "How many jobs to tell of, the newest first."}
+        return {"required": {"limit": ("INT", limit)}}
+
+    def report(self, limit: int):
+        def look(server: Server) -> tuple[str, int]:
+            report = validate(QueueReport, server.call("repository", QueueStatus(limit=limit))[0])
+            return _queue_text(report), report.counts.get("queued", 0) + report.counts.get("running", 0)
+
+        return self._shown(look, away=-1)
 
 
 def _text(status: dict[str, Any]) -> str:
@@ -49,4 +80,14 @@ def _worker(worker: dict[str, Any]) -> str:
     return f"{worker['device']} {worker['dtype']}, {megabytes:,.0f} MB, {worker['requests']} requests"
 
 
-NODES = {"LunaServerStatus": LunaServerStatus}
+def _queue_text(report: QueueReport) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in report.counts.items()) or "empty"
+    wait = "unknown" if report.estimated_wait is None else f"{report.estimated_wait:.0f} s"
+    lines = [f"{counts}; {report.throughput:.1f} jobs a minute; a new job would wait {wait}"]
+    for job in report.jobs:
+        reason = f" ({job.reason})" if job.reason else ""
+        lines.append(f"{job.job_id[:8]} {job.state}{reason}: {', '.join(file.path for file in job.files)}")
+    return "\n".join(lines)
+
+
+NODES = {"LunaServerStatus": LunaServerStatus, "LunaQueueStatus": LunaQueueStatus}

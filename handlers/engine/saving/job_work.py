@@ -19,7 +19,7 @@ from handlers.engine.saving.job_store import Claim, JobStore, StagedFile
 from handlers.engine.saving.picture_records import PictureRecords
 from handlers.engine.saving.watcher import Watcher
 from luna_pictures.encoding import encode, thumbnail
-from luna_pictures.filenames import DISCARDED, inside
+from luna_pictures.filenames import DISCARDED, discarded, inside
 from luna_pictures.quality_gate import quality
 from luna_protocol.blob import unpack
 from luna_protocol.errors import Impossible
@@ -155,13 +155,11 @@ class JobWork:
     ) -> StagedFile:
         if picture.shape[:2] != (file.height, file.width):
             raise Impossible(f"the VAE made {picture.shape} of {group.tensor}", f"{file.height} x {file.width} was due")
-        score = quality(picture if picture.dtype != np.uint8 else picture / np.float32(255), job.quality_gate)
-        discarded = score is not None and score < job.min_quality
-        path = PurePosixPath(file.path)
-        if discarded and path.parent.name != DISCARDED:
-            path = path.parent / DISCARDED / path.name
+        score = quality(picture, job.quality_gate)
+        rejected = score is not None and score < job.min_quality
+        path = discarded(PurePosixPath(file.path)) if rejected else PurePosixPath(file.path)
         return self._write(
-            claim, file.position, path, encode(picture, job, group, row), discarded, score, thumbnail(picture)
+            claim, file.position, path, encode(picture, job, group, row), rejected, score, thumbnail(picture)
         )
 
     def _write_heatmaps(self, claim: Claim, decoded: Decoded, file: Row) -> StagedFile:
