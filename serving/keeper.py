@@ -116,11 +116,7 @@ class Keeper:
 
     def remember(self) -> None:
         """Write down what is registered, for the next start."""
-        workers = self._wanted()
-        versions = {model: self.server.versions(model) for model in {name.partition("/")[0] for name in workers}}
-        defaults = {model: default for model, (several, default) in versions.items() if len(several) > 1}
-        stored = [model.name for model in self.server.index().models]
-        Registered.read(self.run).updated(workers, defaults, filter(self.serves, stored)).write(self.run)
+        self._write_down(self._registered())
 
     def make_room(self) -> None:
         """Unload what is idle, for each worker that waits and can be helped."""
@@ -153,8 +149,18 @@ class Keeper:
             self._guarded(self.make_room)
             polls += 1
             if polls % _REMEMBER_EVERY == 0:
-                self._guarded(self.remember)
-                self._guarded(lambda: self.drain(self._wanted()))
+                self._guarded(self._look_after)
+
+    def _look_after(self) -> None:
+        # Asked for once: TorchServe runs nvidia-smi for every description.
+        now = self._registered()
+        self._guarded(lambda: self._write_down(now))
+        self.drain(now.workers)
+
+    def _write_down(self, now: Registered) -> None:
+        stored = [model.name for model in self.server.index().models]
+        known = Registered.read(self.run)
+        known.updated(now.workers, now.default_versions, filter(self.serves, stored)).write(self.run)
 
     def _guarded(self, task: Callable[[], None]) -> None:
         try:
@@ -163,16 +169,18 @@ class Keeper:
             # The server may be restarting its repository model; there is a next time.
             log.warning("the keeper could not do its work: %s", error)
 
-    def _wanted(self) -> dict[str, int]:
+    def _registered(self) -> Registered:
         names = {model.name for model in self.server.index().models}
-        wanted = {}
+        workers, defaults = {}, {}
         for model in self.server.models():
-            versions, _ = self.server.versions(model)
+            versions, default = self.server.versions(model)
+            if len(versions) > 1:
+                defaults[model] = default
             for version in versions:
                 name = f"{model}/{version}"
                 name = name if name in names else model
-                wanted[name] = self.server.describe(name)["minWorkers"]
-        return wanted
+                workers[name] = self.server.describe(name)["minWorkers"]
+        return Registered(workers, defaults)
 
     def _in_the_way(self, waiting: Worker, workers: dict[str, list[Worker]]) -> list[str]:
         """Models whose unloading lets the waiting worker load, least recently used first; none if it is not enough."""
