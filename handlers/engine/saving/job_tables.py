@@ -43,9 +43,16 @@ JOBS = Table(
     Column("finished", Double),
     Column("seconds", Double),
     Index("luna_jobs_order", "state", "model", "priority", "number"),
+    Index("luna_jobs_held", "state", "bytes"),
     # A number that was purged must not name another job: an owner that slept through the purge would take it for its
     # own.
     sqlite_autoincrement=True,
+)
+# A client's next job: found at once, however many wait behind it.
+Index(
+    "luna_jobs_next",
+    *(JOBS.c.state, JOBS.c.model, JOBS.c.client),
+    *(JOBS.c.staged.desc(), JOBS.c.priority.desc(), JOBS.c.number),
 )
 # Apart from the jobs, so that changing a row does not rewrite megabytes.
 PAYLOADS = Table(
