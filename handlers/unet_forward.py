@@ -109,7 +109,8 @@ class UNetHandler(PatchedHandler):
         return rows_of(cache.session, cache.step, cache.conds, policy, window, variant=item.stack)
 
     def _joined(self, items: list[Item], name: str) -> Tensor:
-        tensors = [item.tensors[name].to(self.device) for item in items]
+        # Not waited for: the client keeps its memory as it is until it has the reply, which takes these copies' stream.
+        tensors = [item.tensors[name].to(self.device, non_blocking=True) for item in items]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 

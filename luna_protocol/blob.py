@@ -83,11 +83,19 @@ class Blob:
         start = 8 + len(self._header)
         target[:8] = len(self._header).to_bytes(8, "little")
         target[8:start] = self._header
+        devices = set()
         for _, tensor in self._tensors:
             end = start + tensor.nbytes
-            # Not Tensor.copy_, whose threads spin longer than such a copy takes.
-            target[start:end] = _bytes(tensor)
+            if tensor.is_cuda and tensor.nbytes:
+                flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+                torch.frombuffer(target[start:end], dtype=torch.uint8).copy_(flat, non_blocking=True)
+                devices.add(tensor.device)
+            else:
+                # Not Tensor.copy_, whose threads spin longer than such a copy takes.
+                target[start:end] = _bytes(tensor)
             start = end
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
 
     def pack(self) -> bytearray:
         """The blob in memory of its own."""

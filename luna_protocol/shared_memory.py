@@ -13,12 +13,14 @@ import secrets
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from luna_protocol.errors import NoSharedMemory
+from luna_protocol.pinned import pin
 
 try:
     import fcntl
@@ -58,8 +60,10 @@ class Segment:
     def __init__(self, size: int):
         self.name = f"luna-{os.getpid()}-{secrets.token_hex(8)}"
         self.size = size
-        self.buffer = memoryview(_create(FOLDER / self.name, size))
+        memory = _create(FOLDER / self.name, size)
+        self.buffer = memoryview(memory)
         self.unlink = weakref.finalize(self, (FOLDER / self.name).unlink, missing_ok=True)
+        weakref.finalize(self, pin(memory))
 
 
 class Attachments:
@@ -70,6 +74,7 @@ class Attachments:
 
     def __init__(self):
         self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._unpin: dict[str, Callable[[], object]] = {}
 
     def view(self, name: str, size: int) -> memoryview:
         """The first `size` bytes of a segment.
@@ -80,6 +85,7 @@ class Attachments:
         if name not in self._maps:
             self._forget()
             self._maps[name] = _attach(FOLDER / name)
+            self._unpin[name] = pin(self._maps[name])
         self._maps.move_to_end(name)
         attached = self._maps[name]
         if len(attached) < size:
@@ -92,6 +98,8 @@ class Attachments:
         for index, (name, attached) in enumerate(list(self._maps.items())):
             if index <= surplus or not (FOLDER / name).exists():
                 with suppress(BufferError):
+                    if unpin := self._unpin.pop(name, None):
+                        unpin()
                     attached.close()
                     del self._maps[name]
 
