@@ -184,9 +184,12 @@ class TorchServe:
             "LUNA_RUN": str(self.run),
             "LUNA_MODEL_STORE": str(self.store),
             "HF_HUB_OFFLINE": "1",
-            # Workers share the cores with each other and with the clients; threads that spin while they wait made a
-            # forward nine times slower there.
-            "OMP_WAIT_POLICY": "PASSIVE",
+            # Workers share the cores with each other and with the clients: beside a busy process, threads that spin
+            # for as long as libgomp lets them made a forward nine times slower; without spinning they lose a tenth.
+            "GOMP_SPINCOUNT": "10000",
+            # glibc gives a forward's activations back to the system, and takes them anew, in every step: up to a third
+            # of its time.
+            **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30)),
         }
 
     def _wait_for_answer(self) -> None:
