@@ -71,14 +71,14 @@ def pack_handler(home: Path, model: str, handler: Path, config: dict[str, Any]) 
 
 
 def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, calls: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call of each way. The ways take turns of `calls` calls, so that what else the machine does hits
-    all of them alike."""
+    """Seconds of each call of each way. The ways take turns of `calls` calls, there and back, so that what else the
+    machine does, and what one leaves in the caches for the next, hits all of them alike."""
     for way in ways.values():
         for _ in range(warm_up):
             way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
+    for number in range(rounds):
+        for name, way in list(ways.items())[:: -1 if number % 2 else 1]:
             for _ in range(calls):
                 begun = time.perf_counter()
                 way()

@@ -7,150 +7,109 @@ UNet. The server's worker may use every core; the separate processes share them 
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import psutil
-import torch
 
 from benchmarks._bench import arguments, conclude, p99_ms, scratch_home, serving, show
 from benchmarks.overhead import MINIATURE, SD15
-from comfy_client.server import Server
-from luna_protocol.blob import content_hash
-from luna_protocol.messages import UNetForward
+from benchmarks.stepping_client import SIDE
 from serving.archives import pack_checkpoint
 from serving.torchserve import ROOT
 from tests import checkpoints
 
-SIDE, PICTURE_STEPS = 16, 20
+PICTURE_STEPS = 20
 CORES = os.cpu_count()
 
 
 class Client:
-    """A process that loads, then steps when it is told to, then waits."""
+    """A process that loads, then steps whenever it is told to."""
 
-    def __init__(self, way: dict, threads: int):
-        command = [sys.executable, "-m", "benchmarks.clients", "--client", json.dumps(way)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self.process = psutil.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, way: dict):
+        command = [sys.executable, "-m", "benchmarks.stepping_client", json.dumps(way)]
+        self.process = psutil.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __enter__(self) -> "Client":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.process.stdin.close()
-        self.process.wait(30)
-
-    def wait_ready(self) -> None:
-        assert self.process.stdout.readline() == "ready\n"
-
-    def go(self) -> None:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+    def go(self, threads: int, steps: int) -> None:
+        print(threads, steps, file=self.process.stdin, flush=True)
 
     def seconds(self) -> list[float]:
         return json.loads(self.process.stdout.readline())
 
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+
 
 def main() -> None:
     options = arguments(__doc__)
-    counts = (1, 4, 8) if options.quick else (1, 2, 4, 8)
-    steps = 10
-    shape = MINIATURE if options.quick else SD15
-    rows, throughput, memory, one_model = [], {}, {}, 0
-    with scratch_home() as home:
-        file = home / "models" / "checkpoints" / "shared.safetensors"
-        checkpoints.write(file, shape)
+    counts, shape, steps = ((8, 4, 1), MINIATURE, 5) if options.quick else ((8, 4, 2, 1), SD15, 6)
+    rows, throughput, memory = [], {}, {}
+    with scratch_home() as home, ExitStack() as stack:
+        file = checkpoints.write(home / "models" / "checkpoints" / "shared.safetensors", shape)
+        # A file of their own, or they would share the server's pages.
+        own = shutil.copy(file, home / "own.safetensors")
         archives = pack_checkpoint(file, home / "model_store", "shared", "fp32", home)
         [model] = [archive.model for archive in archives if archive.model.endswith(".unet")]
         os.environ["OMP_NUM_THREADS"] = str(CORES)
-        with serving(home, [model]) as (torchserve, _):
-            server = psutil.Process().children(recursive=True)
-            addresses = {"inference": torchserve.inference, "management": torchserve.management}
-            way = addresses | {"key_file": str(torchserve.key_file), "model": model, "steps": steps}
-            way |= {"context_dim": shape.unet.context}
-            for count in counts:
-                local = run({"file": str(file), "steps": steps}, count, max(1, CORES // count), [])
-                served = run(way, count, 1, server)
-                one_model = one_model or local["pss"]
-                throughput[str(count)] = served["pictures"] / local["pictures"]
-                memory[str(count)] = served["pss"] / one_model
-                for name, measured in (("one server", served), ("separate", local)):
-                    figures = [measured[key] for key in ("pictures", "p50", "p99")]
-                    rows.append([count, name, *figures, measured["pss"] / 1e6])
+        torchserve, _ = stack.enter_context(serving(home, [model]))
+        server = psutil.Process().children(recursive=True)
+        addresses = {"inference": torchserve.inference, "management": torchserve.management}
+        way = addresses | {"key_file": str(torchserve.key_file), "model": model, "context_dim": shape.unet.context}
+        served, local = (
+            [Client(way | {"seed": seed}) for seed in range(max(counts))] for way in (way, {"file": str(own)})
+        )
+        for client in (*served, *local):
+            stack.callback(client.end)
+            client.go(1, 1)  # loads, and runs once
+        for client in (*served, *local):
+            client.seconds()
+        # Downwards, and whoever is not needed any more ends: the memory that is left is that of those who are.
+        for count in counts:
+            for client in (*served[count:], *local[count:]):
+                client.end()
+            del served[count:], local[count:]
+            shared = together(served, 1, steps, server)
+            separate = together(local, max(1, CORES // count), steps, [])
+            throughput[str(count)] = shared["pictures"] / separate["pictures"]
+            memory[str(count)] = shared["pss"]
+            for name, measured in (("separate", separate), ("one server", shared)):
+                figures = [measured[key] for key in ("pictures", "p50", "p99")]
+                rows.append([count, name, *figures, measured["pss"] / 1e6])
+        one_model = separate["pss"]
     show(
         f"{'Miniature' if options.quick else 'SD1.5'} at {SIDE * 8} px, {CORES} cores",
         ["clients", "", "pictures a minute", "p50 step, ms", "p99 step, ms", "PSS of all, MB"],
-        rows,
+        rows[::-1],
     )
-    conclude({"throughput_ratio": throughput, "memory_over_one_model": memory})
+    conclude(
+        {
+            "throughput_ratio": dict(reversed(throughput.items())),
+            "memory_over_one_model": {count: pss / one_model for count, pss in reversed(memory.items())},
+        }
+    )
 
 
-def run(way: dict, count: int, threads: int, others: list[psutil.Process]) -> dict[str, float]:
-    """Pictures a minute of `count` clients together, their step times, and the memory of them and `others`."""
-    with ExitStack() as stack:
-        clients = [stack.enter_context(Client(way | {"seed": seed}, threads)) for seed in range(count)]
-        for client in clients:
-            client.wait_ready()
+def together(clients: list[Client], threads: int, steps: int, others: list[psutil.Process]) -> dict[str, float]:
+    """Pictures a minute of all clients at once, their step times, and the memory of them and `others`."""
+    for count in (2, steps):  # the first steps of a batch's size make its kernels
         begun = time.perf_counter()
         for client in clients:
-            client.go()
+            client.go(threads, count)
         seconds = [each for client in clients for each in client.seconds()]
         elapsed = time.perf_counter() - begun
-        processes = [client.process for client in clients] + others
-        pss = sum(process.memory_full_info().pss for process in processes)
+    processes = [client.process for client in clients] + others
     return {
-        "pictures": count * way["steps"] / PICTURE_STEPS / elapsed * 60,
+        "pictures": len(clients) * steps / PICTURE_STEPS / elapsed * 60,
         "p50": statistics.median(seconds) * 1e3,
         "p99": p99_ms(seconds),
-        "pss": pss,
+        "pss": sum(process.memory_full_info().pss for process in processes),
     }
 
 
-@torch.inference_mode()
-def be_client(way: dict) -> None:
-    generator = torch.Generator().manual_seed(way["seed"])
-    if "file" in way:
-        from handlers.engine.checkpoints import detect, read_header
-        from handlers.engine.unet import UNet
-
-        file = Path(way["file"])
-        unet = UNet.load(file, detect(read_header(file)).parts["unet"], torch.float32, torch.device("cpu"))
-        context = torch.randn(2, 77, unet.layout.context_dim, generator=generator)
-
-        def step(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            return unet.forward(x, timesteps, context)
-    else:
-        server = Server(way["inference"], way["management"], Path(way["key_file"]))
-        context = torch.randn(2, 77, way["context_dim"], generator=generator)
-        request = UNetForward(references={"context": content_hash(context)})
-
-        def step(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            tensors = {"x": x, "timesteps": timesteps, "context": context}
-            return server.call(way["model"], request, tensors)[1]["out"]
-
-    x = torch.randn(2, 4, SIDE, SIDE, generator=generator)
-    for _ in range(2):
-        step(x, torch.full((2,), 999.0))
-    print("ready", flush=True)
-    sys.stdin.readline()
-    seconds = []
-    for number in range(way["steps"]):
-        begun = time.perf_counter()
-        x = x - 0.01 * step(x, torch.full((2,), 999.0 - number))
-        seconds.append(time.perf_counter() - begun)
-    print(json.dumps(seconds), flush=True)
-    sys.stdin.readline()
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--client"]:
-        be_client(json.loads(sys.argv[2]))
-    else:
-        main()
+    main()
