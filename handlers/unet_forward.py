@@ -37,10 +37,12 @@ class UNetHandler(PatchedHandler):
 
     def warm_up(self) -> None:
         layout = self.unet.layout
-        x = torch.zeros(1, layout.in_channels, 8, 8, dtype=self.dtype, device=self.device)
-        context = x.new_zeros(1, 77, layout.context_dim)
-        y = None if layout.adm_channels is None else x.new_zeros(1, layout.adm_channels)
-        self.unet.forward(x, x.new_zeros(1, dtype=torch.float32), context, y)
+        # A GPU chooses its kernels by size, so cond and uncond of the usual picture; a CPU would take long for those.
+        side = 8 if self.device.type == "cpu" else 64 if layout.adm_channels is None else 128
+        x = torch.zeros(2, layout.in_channels, side, side, dtype=self.dtype, device=self.device)
+        context = x.new_zeros(2, 77, layout.context_dim)
+        y = None if layout.adm_channels is None else x.new_zeros(2, layout.adm_channels)
+        self.unet.forward(x, x.new_zeros(2, dtype=torch.float32), context, y)
 
     def check(self, item: Item[UNetForward]) -> None:
         x, timesteps, context = item.take("x", 4), item.take("timesteps", 1), item.take("context", 3)

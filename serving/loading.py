@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from comfy_client.server import Server
-from luna_protocol.errors import LunaError, Unavailable
+from luna_protocol.errors import LunaError
 from luna_protocol.messages import Index
 
 # Models that start together. Each of their workers imports torch: with many more than cores, none is ready before
@@ -40,21 +41,23 @@ def load(
         def show(model: str, ready: int, wanted: int) -> None:
             progress.update(tasks[model], completed=ready >= wanted, state=f"{ready} of {wanted} workers ready")
 
-        names = list(tasks)
-        for together in (names[begin : begin + AT_ONCE] for begin in range(0, len(names), AT_ONCE)):
-            registered = []
-            for model in together:
-                try:
-                    server.load(model)
-                    if count := (workers or {}).get(model):
-                        server.scale(model, count)
-                    registered.append(model)
-                except LunaError as error:
-                    progress.update(tasks[model], completed=1, state=f"[red]{error}")
+        def start(model: str) -> None:
             try:
-                server.wait_ready(registered, progress=show)
-            except Unavailable as error:
-                progress.console.print(f"[red]{error}")
+                server.load(model)
+                if count := (workers or {}).get(model):
+                    server.scale(model, count)
+                server.wait_ready([model], progress=show)
+            except LunaError as error:
+                progress.update(tasks[model], completed=1, state=f"[red]{error}")
+
+        # UNets first: they are the largest.
+        in_line = sorted(tasks, key=lambda model: ".unet" not in model)
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            list(pool.map(start, in_line))
+        finally:
+            # Whoever interrupts this ends the server, and that ends these threads.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def overview(index: Index) -> Table:

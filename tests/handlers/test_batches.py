@@ -49,4 +49,4 @@ def test_requests_with_free_u_run_apart_from_those_without(served, rows):  # noq
 
 def test_the_model_has_run_once_before_it_is_ready(served, rows):  # noqa: F811
     served()
-    assert rows == [1]
+    assert rows == [2]

@@ -78,12 +78,24 @@ def test_a_day_with_a_comfyui_next_to_it(tmp_path: Path) -> None:
         status, told = command("models", "load", "nothing.unet")
         assert status == 1 and "the store has no 'nothing.unet'" in told
 
+    status, told = command("add_checkpoint", "--comfyui", str(comfyui), "--version", "2.0", "art/tiny.safetensors")
+    assert status == 0 and "No server" in told, told
+
     with serving(environment, tmp_path, ports.inference, "--only", "unet", "--comfyui", comfyui):
-        assert "tiny.unet" in command("models", "list")[1].split("not loaded:")[1]
+        # What was unloaded stays so; what is new is loaded.
+        loaded, others = command("models", "list")[1].split("not loaded:")
+        assert "tiny.unet/2.0" in loaded and "tiny.unet," in others
         status, told = command("models", "load", "tiny.unet")
         assert status == 0 and "ready" in told, told
         status, told = command("models", "versions", "tiny.unet")
-        assert status == 0 and told.strip() == "1.0  (default)"
+        assert status == 0 and told.split() == ["1.0", "2.0", "(default)"], told
+        status, told = command("models", "set-default", "tiny.unet", "1.0")
+        assert status == 0 and told.split() == ["1.0", "(default)", "2.0"], told
+
+    with serving(environment, tmp_path, ports.inference, "--only", "unet", "--comfyui", comfyui):
+        assert command("models", "versions", "tiny.unet")[1].split() == ["1.0", "(default)", "2.0"]
+        loaded, others = command("models", "list")[1].split("not loaded:")
+        assert "tiny.unet/2.0" in loaded and "tiny.unet " in loaded and "tiny.clip" in others
 
 
 def test_other_versions_lie_beside_the_first(tmp_path: Path) -> None:
