@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from benchmarks._bench import arguments, conclude, in_turns, scratch_home, show
 from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.host_memory import keep_freed_memory
 from handlers.engine.lora.files import LoraFiles
 from handlers.engine.lora.names import unet_targets
 from handlers.engine.lora.overlays import Overlays, Stack
@@ -162,6 +163,7 @@ def main() -> None:
     options = arguments(__doc__)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    keep_freed_memory()  # as workers do
     with scratch_home() as home:
         miniature = Subject(MINIATURE, _folder(home / "miniature"), torch.float32, 16)
         result = measure("The miniature", miniature, 20 if options.quick else 40)

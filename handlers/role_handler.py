@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from handlers.engine.checkpoints import weights_size
+from handlers.engine.host_memory import keep_freed_memory
 from handlers.engine.lora.overlays import Stack
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.tensor_cache import TensorCache
@@ -121,6 +122,7 @@ class RoleHandler:
         logging.getLogger().setLevel(logging.WARNING)
         for name in ("ts", "handlers"):
             logging.getLogger(name).setLevel(logging.INFO)
+        keep_freed_memory()
         try:
             self._set_up(context)
             self.state.check_deaths()

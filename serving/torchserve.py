@@ -187,9 +187,6 @@ class TorchServe:
             # Workers share the cores with each other and with the clients: beside a busy process, threads that spin
             # for as long as libgomp lets them made a forward nine times slower; without spinning they lose a tenth.
             "GOMP_SPINCOUNT": "10000",
-            # glibc gives a forward's activations back to the system, and takes them anew, in every step: up to a third
-            # of its time.
-            **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30)),
         }
 
     def _wait_for_answer(self) -> None:
