@@ -1,6 +1,7 @@
 """List, load, unload and scale the models of a running server.
 
 A checkpoint's name stands for all of its parts: `models.py load sd15` is `models.py load sd15.unet sd15.clip sd15.vae`.
+A model's name stands for all of its versions.
 """
 
 import _environment
@@ -27,7 +28,7 @@ def named(index: Index, names: list[str]) -> list[str]:
     known = [model.name for model in index.models]
     chosen = []
     for name in names:
-        parts = [model for model in known if model == name or model.rsplit("/", 1)[0].startswith(f"{name}.")]
+        parts = [model for model in known if name == model or f"{model.rsplit('/', 1)[0]}.".startswith(f"{name}.")]
         if not parts:
             raise NotFound(f"the store has no {name!r}", f"it has {', '.join(known) or 'nothing'}")
         chosen += [name] if name in known else parts

@@ -84,7 +84,7 @@ def test_a_day_with_a_comfyui_next_to_it(tmp_path: Path) -> None:
     with serving(environment, tmp_path, ports.inference, "--only", "unet", "--comfyui", comfyui):
         # What was unloaded stays so; what is new is loaded.
         loaded, others = command("models", "list")[1].split("not loaded:")
-        assert "tiny.unet/2.0" in loaded and "tiny.unet," in others
+        assert "tiny.unet/2.0" in loaded and "tiny.unet/1.0" in others
         status, told = command("models", "load", "tiny.unet")
         assert status == 0 and "ready" in told, told
         status, told = command("models", "versions", "tiny.unet")
@@ -95,7 +95,7 @@ def test_a_day_with_a_comfyui_next_to_it(tmp_path: Path) -> None:
     with serving(environment, tmp_path, ports.inference, "--only", "unet", "--comfyui", comfyui):
         assert command("models", "versions", "tiny.unet")[1].split() == ["1.0", "(default)", "2.0"]
         loaded, others = command("models", "list")[1].split("not loaded:")
-        assert "tiny.unet/2.0" in loaded and "tiny.unet " in loaded and "tiny.clip" in others
+        assert "tiny.unet/2.0" in loaded and "tiny.unet/1.0" in loaded and "tiny.clip/1.0" in others
 
 
 def test_other_versions_lie_beside_the_first(tmp_path: Path) -> None:
