@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks._bench import arguments, conclude, in_turns, scratch_home, show
+from benchmarks.overhead import SD15
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.host_memory import keep_freed_memory
 from handlers.engine.lora.files import LoraFiles
@@ -29,11 +30,6 @@ from tests import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "miniature" / "luna_miniature.safetensors"
-SD15 = checkpoints.CheckpointShape(
-    checkpoints.UNetShape(context=768, multipliers=(1, 2, 4, 4), depths=(1, 1, 1, 0), res_blocks=2),
-    checkpoints.TextShape(64, 1),
-    checkpoints.TAESD,
-)
 RANK = 16
 ENOUGH = 1 << 40
 

@@ -87,8 +87,7 @@ class Blob:
         for _, tensor in self._tensors:
             end = start + tensor.nbytes
             if tensor.is_cuda and tensor.nbytes:
-                flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-                torch.frombuffer(target[start:end], dtype=torch.uint8).copy_(flat, non_blocking=True)
+                torch.frombuffer(target[start:end], dtype=torch.uint8).copy_(_flat(tensor), non_blocking=True)
                 devices.add(tensor.device)
             else:
                 # Not Tensor.copy_, whose threads spin longer than such a copy takes.
@@ -152,8 +151,12 @@ def set_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, row by row; without a copy where it lies so in the CPU's memory."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(_flat(tensor.cpu()).numpy())
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, row by row, where it is; without a copy where it lies so."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _header(view: memoryview) -> tuple[dict, memoryview]:

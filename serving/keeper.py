@@ -116,7 +116,8 @@ class Keeper:
 
     def remember(self) -> None:
         """Write down what is registered, for the next start."""
-        self._write_down(self._registered())
+        stored = self._stored()
+        self._write_down(self._registered(stored), stored)
 
     def make_room(self) -> None:
         """Unload what is idle, for each worker that waits and can be helped."""
@@ -153,12 +154,15 @@ class Keeper:
 
     def _look_after(self) -> None:
         # Asked for once: TorchServe runs nvidia-smi for every description.
-        now = self._registered()
-        self._guarded(lambda: self._write_down(now))
+        stored = self._stored()
+        now = self._registered(stored)
+        self._guarded(lambda: self._write_down(now, stored))
         self.drain(now.workers)
 
-    def _write_down(self, now: Registered) -> None:
-        stored = [model.name for model in self.server.index().models]
+    def _stored(self) -> list[str]:
+        return [model.name for model in self.server.index().models]
+
+    def _write_down(self, now: Registered, stored: list[str]) -> None:
         known = Registered.read(self.run)
         known.updated(now.workers, now.default_versions, filter(self.serves, stored)).write(self.run)
 
@@ -169,8 +173,7 @@ class Keeper:
             # The server may be restarting its repository model; there is a next time.
             log.warning("the keeper could not do its work: %s", error)
 
-    def _registered(self) -> Registered:
-        names = {model.name for model in self.server.index().models}
+    def _registered(self, stored: list[str]) -> Registered:
         workers, defaults = {}, {}
         for model in self.server.models():
             versions, default = self.server.versions(model)
@@ -178,7 +181,7 @@ class Keeper:
                 defaults[model] = default
             for version in versions:
                 name = f"{model}/{version}"
-                name = name if name in names else model
+                name = name if name in stored else model
                 workers[name] = self.server.describe(name)["minWorkers"]
         return Registered(workers, defaults)
 

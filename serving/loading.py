@@ -48,7 +48,8 @@ def load(
                     server.scale(model, count)
                 server.wait_ready([model], progress=show)
             except LunaError as error:
-                progress.update(tasks[model], completed=1, state=f"[red]{error}")
+                progress.update(tasks[model], completed=1, state="[red]not served")
+                progress.console.print(f"[red]{model}: {error}")
 
         # UNets first: they are the largest.
         in_line = sorted(tasks, key=lambda model: ".unet" not in model)
