@@ -212,12 +212,12 @@ def _save(server: Server, latent: Tensor) -> str:
 
 def _wait(server: Server, jobs: list[str]) -> None:
     asked = QueueStatus(job_ids=jobs)
-    while any(job["state"] != "done" for job in server.call("repository", asked)[0]["jobs"]):
+    while any(job["state"] != "done" for job in server.ask(asked)["jobs"]):
         time.sleep(0.02)
 
 
 def _context_width(server: Server) -> int:
-    shapes = server.call("repository", DescribeModel(model="bench.unet"))[0]["shapes"]
+    shapes = server.ask(DescribeModel(model="bench.unet"))["shapes"]
     return next(
         shape[1] for part in shapes.values() for name, shape in part.items() if name.endswith("attn2.to_k.weight")
     )

@@ -75,6 +75,6 @@ def _counters(metrics: str) -> dict[str, float]:
 
 def _queue(server: Server) -> dict[str, Any] | None:
     try:
-        return server.call("repository", QueueStatus(limit=_JOBS_SHOWN, thumbnails=True))[0]
+        return server.ask(QueueStatus(limit=_JOBS_SHOWN, thumbnails=True))
     except LunaError:
         return None

@@ -5,11 +5,29 @@ each, more than everything else that a client does for a step.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPMessage, HTTPSConnection
 from urllib.parse import urlsplit
+
+BLOB, JSON = "application/octet-stream", "application/json"
+
+
+@dataclass(frozen=True)
+class Body:
+    """What an HTTP request carries, or leads to: a message and its tensors, of `blob_bytes`. `fresh` makes the HTTP
+    body, and is called for every attempt to send it."""
+
+    content_type: str
+    blob_bytes: int
+    fresh: Callable[[], bytes | bytearray]
+
+
+@dataclass(frozen=True)
+class Answer:
+    content_type: str
+    body: bytes
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def _change(model: str, action: str, fields: dict[str, Any]) -> dict[str, Any]:
 def _change_job(job: str, action: str) -> dict[str, Any]:
     if action not in _JOB_ACTIONS:
         raise Malformed(f"there is no action {action!r}", f"{' and '.join(_JOB_ACTIONS)} are")
-    return settings.server().call("repository", _JOB_ACTIONS[action](job_ids=[job]))[0]
+    return settings.server().ask(_JOB_ACTIONS[action](job_ids=[job]))
 
 
 async def _answer(work: Callable[[], dict[str, Any]]) -> web.Response:

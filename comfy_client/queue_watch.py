@@ -50,7 +50,7 @@ class QueueWatch:
 
     def _look(self, server: Server, jobs: list[str]) -> None:
         try:
-            message, _ = server.call("repository", QueueStatus(job_ids=jobs, thumbnails=True))
+            message = server.ask(QueueStatus(job_ids=jobs, thumbnails=True))
         except LunaError as error:
             log.debug("the queue cannot be asked: %s", error)
             return

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
-from comfy_client.server import Server, Timeouts
+from comfy_client.manager import Timeouts
+from comfy_client.server import Server
 
 # {field: (environment variable, id in ComfyUI's settings dialog)}; web/luna.js declares the same ids.
 _SOURCES = {

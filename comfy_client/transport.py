@@ -6,37 +6,20 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from torch import Tensor
 
+from comfy_client.connections import BLOB, JSON, Answer, Body
 from luna_protocol.blob import Blob, unpack
 from luna_protocol.errors import Internal, NoSharedMemory
 from luna_protocol.shared_memory import Segment, SharedBlob, sweep
 
 log = logging.getLogger(__name__)
 
-BLOB, JSON = "application/octet-stream", "application/json"
 _SMALLEST = 1 << 20
 _IDLE = 4
-
-
-@dataclass(frozen=True)
-class Body:
-    """What an HTTP request carries, or leads to: a blob of `blob_bytes`. `fresh` makes the HTTP body, and is called for
-    every attempt to send it."""
-
-    content_type: str
-    blob_bytes: int
-    fresh: Callable[[], bytes | bytearray]
-
-
-@dataclass(frozen=True)
-class Answer:
-    content_type: str
-    body: bytes
 
 
 class Transport:

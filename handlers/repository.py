@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from handlers.engine.checkpoints import detect, part_shapes, read_header, read_scalars
+from handlers.engine.checkpoints import detect, part_shapes, read_header
 from handlers.engine.roots import Roots, find
+from handlers.engine.weights import read_scalars
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings

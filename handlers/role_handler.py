@@ -18,8 +18,9 @@ from torch import Tensor
 from handlers.engine.checkpoints import weights_size
 from handlers.engine.host_memory import keep_freed_memory
 from handlers.engine.lora.overlays import Stack
-from handlers.engine.memory_budget import Budgets
+from handlers.engine.memory_budget import Budgets, device_key
 from handlers.engine.tensor_cache import TensorCache
+from handlers.engine.weights import compute_dtype
 from handlers.metrics import HandlerMetrics
 from handlers.settings import settings_of
 from handlers.transport import JSON, Transport, is_plain_json
@@ -128,8 +129,8 @@ class RoleHandler:
             self.state.check_deaths()
             if self.settings.checkpoint is not None:
                 path = self.settings.checkpoint_path()
-                needed = weights_size(path, self.settings.role, self.dtype)
-                self.state.claim(needed, Budgets.from_environment())
+                needed = weights_size(path, self.settings.role, self.dtype.itemsize)
+                self.state.claim(needed, self._budget())
             self.load()
             with torch.inference_mode():
                 self.warm_up()
@@ -170,7 +171,7 @@ class RoleHandler:
         cuda = assigned is not None and torch.cuda.is_available()
         self.device = torch.device(f"cuda:{assigned}") if cuda else torch.device("cpu")
         self.settings = settings_of(context.model_yaml_config["handler"])
-        self.dtype = self.settings.compute_dtype(self.device)
+        self.dtype = compute_dtype(self.settings.role, self.settings.dtype, self.device)
         self.transport = Transport()
         self.model_name, self.metrics = context.model_name, context.metrics
         self.tensors = TensorCache(self.settings.tensor_cache_mb << 20)
@@ -181,6 +182,11 @@ class RoleHandler:
         model = context.model_name if version == FIRST_VERSION else f"{context.model_name}/{version}"
         self.state = WorkerState(self.settings.roots.run, model, worker)
         self.telemetry = HandlerMetrics(context.metrics, context.model_name, self.device)
+
+    def _budget(self) -> int | None:
+        cuda = self.device.type == "cuda"
+        memory = torch.cuda.get_device_properties(self.device).total_memory if cuda else None
+        return Budgets.from_environment().of(device_key(self.state.record.worker), memory)
 
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
         if isinstance(self.failure, OutOfMemory | Broken):

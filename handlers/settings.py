@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from handlers.engine.checkpoints import DTYPES
 from handlers.engine.roots import Roots, find
 from luna_protocol.errors import NotFound
 
@@ -15,7 +13,7 @@ class HandlerSettings(BaseModel):
     """Settings that every role has.
 
     home is where the folders of `Roots` lie unless the environment says otherwise; checkpoint is a path relative to
-    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `compute_dtype`. Requests run
+    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `weights.compute_dtype`. Requests run
     together up to batch_positions rows x height x width of latents; one that is larger runs alone.
     """
 
@@ -45,16 +43,6 @@ class HandlerSettings(BaseModel):
         own = tuple(self.checkpoint_roots)
         from_environment = self.roots.checkpoints
         return find((*from_environment, *own), self.checkpoint, "checkpoint")
-
-    def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype to compute in. As ComfyUI chooses: fp32 on a CPU and for text encoders everywhere (their sums are
-        small and the pictures follow them closely), fp16 for a UNet on a GPU, bf16 for a VAE there (SDXL's overflows
-        in fp16)."""
-        if self.dtype != "auto":
-            return DTYPES[self.dtype]
-        if device.type == "cpu" or self.role == "clip":
-            return torch.float32
-        return torch.float16 if self.role == "unet" else torch.bfloat16
 
 
 class PatchedSettings(HandlerSettings):

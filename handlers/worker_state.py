@@ -16,7 +16,7 @@ import psutil
 from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
-from handlers.engine.memory_budget import Budgets, device_key, gigabytes
+from handlers.engine.memory_budget import device_key, gigabytes
 from luna_protocol.errors import Broken, OutOfMemory
 from luna_protocol.messages import Worker
 
@@ -91,7 +91,7 @@ class WorkerState:
         self.update(now=True, state="ready", weights_bytes=weights_bytes, last_used=time.time())
         _forget(path for path, record in _records(self._run) if record.model == self.record.model and _fell(record))
 
-    def claim(self, needed: int, budgets: Budgets, seconds: float = ROOM_SECONDS) -> None:
+    def claim(self, needed: int, budget: int | None, seconds: float = ROOM_SECONDS) -> None:
         """Take `needed` bytes of the device's budget for this worker's weights, waiting while a keeper makes room.
 
         Raises:
@@ -99,7 +99,7 @@ class WorkerState:
         """
         worker = self.record.worker
         device = device_key(worker)
-        budget = budgets.of(device)
+        self._change(budget_bytes=budget)
         deadline = time.monotonic() + seconds
         while True:
             # Two workers that start together must not both see the same room.

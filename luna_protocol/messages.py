@@ -255,7 +255,8 @@ class Worker(Message):
     """A live worker process of a served model.
 
     state: waiting for room on its device, loading, ready, or failed (then `reason` says why). weights_bytes: what it
-    holds, or will. busy: it computes; last_used: when it last began or ended to, in seconds since 1970.
+    holds, or will; budget_bytes: what all workers' weights may take of its device, None for no bound. busy: it
+    computes; last_used: when it last began or ended to, in seconds since 1970.
     """
 
     pid: int
@@ -264,6 +265,7 @@ class Worker(Message):
     assigned_gpu: int | None = None
     dtype: str | None = None
     weights_bytes: int = 0
+    budget_bytes: int | None = None
     requests: int = 0
     busy: bool = False
     last_used: float = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from comfy_client.server import Server
+from comfy_client.manager import Manager
 from handlers.engine.roots import Roots, find
 from handlers.worker_state import FIRST_VERSION
 from luna_protocol.errors import LunaError
@@ -71,7 +71,7 @@ def main() -> int:
         return 1
     pack_repository(arguments.store)
     host = "http://127.0.0.1"
-    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
+    server = Manager(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
     try:
         if not server.ping():
             console.print(f"No server at {server.inference}: scripts/serve.py will serve them.")
@@ -82,7 +82,7 @@ def main() -> int:
         return 1
 
 
-def _serve(server: Server, archives: list[Archive], console: Console) -> int:
+def _serve(server: Manager, archives: list[Archive], console: Console) -> int:
     known = server.models()
     for archive in archives:
         if archive.written and archive.model in known:

@@ -13,7 +13,7 @@ import sys
 
 from rich.console import Console
 
-from comfy_client.server import Server
+from comfy_client.manager import Manager
 from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.messages import Index
 from serving.loading import load, overview
@@ -35,7 +35,7 @@ def named(index: Index, names: list[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def show_list(server: Server, console: Console) -> int:
+def show_list(server: Manager, console: Console) -> int:
     index = server.index()
     console.print(overview(index))
     idle = [model.name for model in index.models if not model.workers]
@@ -44,7 +44,7 @@ def show_list(server: Server, console: Console) -> int:
     return 0
 
 
-def show_loaded(server: Server, models: list[str], console: Console) -> int:
+def show_loaded(server: Manager, models: list[str], console: Console) -> int:
     """What has become of their workers; 1 if one of them does not serve."""
     index = server.index()
     index.models = [model for model in index.models if model.name in models]
@@ -53,7 +53,7 @@ def show_loaded(server: Server, models: list[str], console: Console) -> int:
     return 0 if served == set(models) else 1
 
 
-def show_versions(server: Server, model: str, console: Console) -> None:
+def show_versions(server: Manager, model: str, console: Console) -> None:
     versions, default = server.versions(model)
     for version in versions:
         console.print(f"{version}{'  (default)' if version == default else ''}")
@@ -78,7 +78,7 @@ def main() -> int:
         parser.error(f"{arguments.workers} workers: give 1 or more; unload ends the last")
     console = Console()
     host = "http://127.0.0.1"
-    server = Server(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
+    server = Manager(f"{host}:{arguments.port}", f"{host}:{arguments.port + 1}")
     try:
         match arguments.command:
             case "list":

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from comfy_client.server import Server
+from comfy_client.manager import Manager
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Index
 from serving.loading import overview
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="show one reading and end")
     arguments = parser.parse_args()
     host, port = "http://127.0.0.1", arguments.port
-    server = Server(f"{host}:{port}", f"{host}:{port + 1}")
+    server = Manager(f"{host}:{port}", f"{host}:{port + 1}")
     console = Console()
     stop_on_signals()
     log = arguments.csv.open("w", newline="", encoding="utf-8", buffering=1) if arguments.csv else None

@@ -105,7 +105,7 @@ def make_picture(server: Server, name: str, prompt: str, size: int, watch: Stopw
     with watch.time("prompt"):
         conds = server.call(f"{name}.clip", ClipText(texts=[prompt, ""]))[1]["hidden"]
     with watch.time(f"sampling, {STEPS} steps"):
-        described, _ = server.call("repository", DescribeModel(model=f"{name}.unet"))
+        described = server.ask(DescribeModel(model=f"{name}.unet"))
         markers = validate(ModelDescription, described).markers
         latent = sample(server, f"{name}.unet", conds, size, "v_pred" in markers)
     with watch.time("decode and save"):

@@ -19,12 +19,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from handlers.engine import tokenizer
-from handlers.engine.checkpoints import detect, read_header, read_scalars
+from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.step_cache import StepCache, rows_of
 from handlers.engine.step_policies import Policy
 from handlers.engine.text_encoder import TextEncoder
 from handlers.engine.unet import UNet
 from handlers.engine.vae import VAE
+from handlers.engine.weights import read_scalars
 from luna_protocol.errors import Impossible
 
 LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025}  # UNet space = LATENT times this

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from comfy_client.server import Server
+from comfy_client.manager import Manager
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.roots import Roots
 from handlers.worker_state import KEEPER
@@ -25,6 +25,7 @@ from luna_protocol.errors import LunaError, NotFound
 from serving.archives import pack_repository, refresh
 from serving.keeper import Keeper, Registered
 from serving.loading import load, overview
+from serving.read_ahead import read_ahead
 from serving.specs import SpecError
 from serving.stopping import Stopped, stop_on_signals
 from serving.torchserve import ROOT, Ports, TorchServe
@@ -53,7 +54,7 @@ def exposed(arguments: argparse.Namespace, ports: Ports) -> dict[str, str]:
     }
 
 
-def announce(console: Console, torchserve: TorchServe, server: Server) -> None:
+def announce(console: Console, torchserve: TorchServe, server: Manager) -> None:
     console.print(overview(server.index()))
     console.print(f"inference   {torchserve.inference}", f"management  {torchserve.management}", sep="\n")
     console.print(f"metrics     {torchserve.metrics}/metrics", f"tokens      {torchserve.key_file}", sep="\n")
@@ -95,20 +96,22 @@ def main() -> int:
     stop_on_signals()
     try:
         Roots.from_environment(ROOT)
-        budgets = Budgets.from_environment()
+        Budgets.from_environment()
         pack_repository(arguments.store)
-        stored = [archive.model for archive in refresh(arguments.store) if of_role(archive.model, arguments.only)]
+        archives = {archive.model: archive for archive in refresh(arguments.store)}
         registered = Registered.read(arguments.run)
-        wanted = restored(stored, registered.workers)
+        wanted = restored([model for model in archives if of_role(model, arguments.only)], registered.workers)
+        # Of a file, the UNet is the most.
+        read_ahead(filter(None, (archives[model].checkpoint for model in wanted if of_role(model, "unet"))))
         (arguments.run / KEEPER).unlink(missing_ok=True)
         ports = Ports.from_first(arguments.port)
         with TorchServe(arguments.store, arguments.run, ports, **exposed(arguments, ports)) as torchserve:
-            server = Server(torchserve.inference, torchserve.management, torchserve.key_file)
+            server = Manager(torchserve.inference, torchserve.management, torchserve.key_file)
             load(server, wanted, console, workers=wanted)
             for model, version in registered.default_versions.items():
                 with suppress(NotFound):  # a version that is not loaded any more
                     server.set_default(model, version)
-            keeper = Keeper(server, arguments.run, budgets, lambda model: of_role(model, arguments.only))
+            keeper = Keeper(server, arguments.run, lambda model: of_role(model, arguments.only))
             keeper.start()
             try:
                 announce(console, torchserve, server)

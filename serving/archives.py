@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
-from comfy_client.server import archive_name
+from comfy_client.manager import archive_name
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.roots import Roots
+from handlers.settings import settings_of
 from handlers.worker_state import FIRST_VERSION
+from luna_protocol.errors import LunaError
 from serving.specs import FOLDER, load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,12 +37,13 @@ class Archive:
     """A .mar of the store.
 
     model: NAME, or NAME/VERSION for versions after the first. written: it had to be packed, and was not there already
-    with the same content.
+    with the same content. checkpoint: the file that it serves, where there is one.
     """
 
     model: str
     path: Path
     written: bool
+    checkpoint: Path | None
 
 
 def pack_repository(store: Path, home: Path = ROOT, specs: Path = FOLDER) -> list[Archive]:
@@ -123,7 +127,7 @@ def _pack_role(
 def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Archive:
     store.mkdir(parents=True, exist_ok=True)
     served = model if version == FIRST_VERSION else f"{model}/{version}"
-    archive = store / archive_name(served)
+    archive, checkpoint = store / archive_name(served), _checkpoint(config["handler"])
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)
         code = temporary / "code"
@@ -133,7 +137,7 @@ def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Arc
         config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         handler = code / "handlers" / _HANDLERS[role]
         if _is_current(archive, code, config_file, handler):
-            return Archive(served, archive, written=False)
+            return Archive(served, archive, False, checkpoint)
         # A process of its own, because the archiver collects its files in a fixed place of the temporary folder.
         command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", model, "--version", version]
         command += [
@@ -154,7 +158,13 @@ def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Arc
         partial = archive.with_suffix(".part")
         shutil.copyfile(temporary / f"{model}.mar", partial)
         os.replace(partial, archive)
-    return Archive(served, archive, written=True)
+    return Archive(served, archive, True, checkpoint)
+
+
+def _checkpoint(handler: dict) -> Path | None:
+    with suppress(LunaError, ValidationError):  # its worker tells why it is not served
+        return settings_of(handler).checkpoint_path()
+    return None
 
 
 def _is_current(archive: Path, code: Path, config_file: Path, handler: Path) -> bool:

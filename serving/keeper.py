@@ -21,8 +21,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from comfy_client.server import Server
-from handlers.engine.memory_budget import Budgets, device_key, gigabytes
+from comfy_client.manager import Manager
+from handlers.engine.memory_budget import device_key, gigabytes
 from handlers.worker_state import FIRST_VERSION, KEEPER, ROOM_SECONDS, holds, live_workers
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Worker, validate
@@ -78,12 +78,9 @@ class Keeper:
         serves: whether a model is this server's business; what is remembered of others stays as it is.
     """
 
-    def __init__(
-        self, server: Server, run: Path, budgets: Budgets, serves: Callable[[str], bool] = lambda model: True
-    ) -> None:
+    def __init__(self, server: Manager, run: Path, serves: Callable[[str], bool] = lambda model: True) -> None:
         self.server = server
         self.run = run
-        self.budgets = budgets
         self.serves = serves
         self._draining: set[str] = set()
         self._stop = threading.Event()
@@ -111,7 +108,7 @@ class Keeper:
             running = self._running(QueueStatus(job_ids=running[:256]))
 
     def _running(self, question: QueueStatus) -> list[str]:
-        report = validate(QueueReport, self.server.call("repository", question)[0])
+        report = validate(QueueReport, self.server.ask(question))
         return [job.job_id for job in report.jobs if job.state == "running"]
 
     def remember(self) -> None:
@@ -192,7 +189,7 @@ class Keeper:
             model: sum(each.weights_bytes for each in own if holds(each) and device_key(each) == device)
             for model, own in workers.items()
         }
-        lacking = sum(held.values()) + waiting.weights_bytes - (self.budgets.of(device) or 0)
+        lacking = sum(held.values()) + waiting.weights_bytes - (waiting.budget_bytes or 0)
         chosen = []
         for model in sorted(filter(held.get, held), key=lambda model: _last_use(model, workers)):
             if lacking > 0 and _is_idle(model, workers):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from comfy_client.server import Server
+from comfy_client.manager import Manager
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Index
 
@@ -18,7 +18,7 @@ AT_ONCE = os.cpu_count() or 1
 
 
 def load(
-    server: Server,
+    server: Manager,
     models: Iterable[str],
     console: Console,
     workers: Mapping[str, int | None] | None = None,

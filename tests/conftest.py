@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from comfy_client.server import Server, Timeouts
+from comfy_client.manager import Timeouts
+from comfy_client.server import Server
 from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import Ports, TorchServe
 from tests.checkpoints import write

@@ -58,7 +58,7 @@ class LunaQueueStatus(_Report):
 
     def report(self, limit: int):
         def look(server: Server) -> tuple[str, int]:
-            report = validate(QueueReport, server.call("repository", QueueStatus(limit=limit))[0])
+            report = validate(QueueReport, server.ask(QueueStatus(limit=limit)))
             return _queue_text(report), report.counts.get("queued", 0) + report.counts.get("running", 0)
 
         return self._shown(look, away=-1)

@@ -41,7 +41,7 @@ class Remote:
         Raises:
             NotFound: the server's store does not have it.
         """
-        message, _ = server.call("repository", DescribeModel(model=names[0]))
+        message = server.ask(DescribeModel(model=names[0]))
         return cls(validate(ModelDescription, message), Replicas(server, names))
 
     @property

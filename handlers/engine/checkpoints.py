@@ -1,23 +1,18 @@
-"""Single-file checkpoints: which family and parts a safetensors file holds (from its header alone), and its tensors.
+"""Single-file checkpoints: which family and parts a safetensors file holds, from its header alone.
 
 The one place for a further family is `_family` and the part tables below it.
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
 
 from handlers.engine.unet_layout import Shapes, UNetLayout
 from luna_protocol.errors import Impossible, Malformed, NotFound
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
-_REMAP_BYTES = 32 << 20
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _VAE_PREFIXES = ("first_stage_model.", "")
@@ -106,8 +101,8 @@ def part_shapes(header: Shapes, part: Part, component: str) -> dict[str, tuple[i
     return {short: header[key] for key, short in part.keys(header, component)}
 
 
-def weights_size(path: Path, role: str, dtype: torch.dtype) -> int:
-    """Bytes that one part of a file takes as `dtype`, from its header.
+def weights_size(path: Path, role: str, itemsize: int) -> int:
+    """Bytes that one part of a file takes with `itemsize` bytes a weight, from its header.
 
     Raises:
         NotFound, Malformed: see `read_header` and `detect`; also when the file has no such part.
@@ -117,62 +112,7 @@ def weights_size(path: Path, role: str, dtype: torch.dtype) -> int:
     if part is None:
         raise Malformed(f"{Path(path).name} has no {role}", "pack it again with scripts/add_checkpoint.py")
     keys = (key for component in part.prefixes for key, _ in part.keys(header, component))
-    return sum(math.prod(header[key]) for key in keys) * dtype.itemsize
-
-
-def read_tensors(
-    path: Path, part: Part, component: str, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """One component's tensors on `device`, floating ones as `dtype`.
-
-    The file is mapped, and each tensor goes straight to its place: on the CPU a tensor already of `dtype` stays in the
-    mapping, shared by every process that serves the file. Where tensors are cast, the mapping is renewed now and then,
-    so that what was read does not add up in this process.
-
-    Raises:
-        Malformed: the file is corrupt.
-    """
-    wanted = list(part.keys(read_header(path), component))
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        while len(tensors) < len(wanted):
-            read = 0
-            with safe_open(path, "pt", device=str(device)) as file:
-                for key, short in wanted[len(tensors) :]:
-                    tensors[short] = _cast(file.get_tensor(key), dtype)
-                    read += tensors[short].nbytes
-                    if read > _REMAP_BYTES:
-                        break
-    except (SafetensorError, OSError) as error:
-        raise Malformed(f"{Path(path).name} cannot be read: {error}", "is the file complete?") from error
-    return tensors
-
-
-def read_scalars(path: Path, names: Sequence[str]) -> dict[str, float]:
-    """The values of tensors with at most one element; an empty one, which stands for itself, counts as 0."""
-    with safe_open(path, "pt") as file:
-        return {name: float(file.get_tensor(name).sum()) for name in names}
-
-
-def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str) -> torch.nn.Module:
-    """Gives a module built on the meta device its weights, without a copy, and freezes it.
-
-    Raises:
-        Malformed: naming tensors that the file lacks, or has too many, or in another shape.
-    """
-    try:
-        missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise Malformed(f"the {what} does not fit together: {str(error).splitlines()[-1].strip()}") from error
-    if missing or unexpected:
-        told = [f"lacks {', '.join(missing[:3])} ({len(missing)} in all)"] if missing else []
-        told += [f"has unknown tensors {', '.join(unexpected[:3])} ({len(unexpected)} in all)"] if unexpected else []
-        raise Malformed(f"the {what} {' and '.join(told)}", "is the file complete, and of a family that is served?")
-    return module.eval().requires_grad_(False)
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return sum(math.prod(header[key]) for key in keys) * itemsize
 
 
 def _prefix(header: Shapes, prefixes: tuple[str, ...], tail: str) -> str | None:

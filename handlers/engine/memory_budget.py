@@ -8,8 +8,6 @@ import os
 import re
 from dataclasses import dataclass
 
-import torch
-
 from luna_protocol.errors import Malformed
 from luna_protocol.messages import Worker
 
@@ -43,13 +41,12 @@ class Budgets:
     def from_environment(cls) -> "Budgets":
         return cls.parse(os.environ.get(VARIABLE, ""))
 
-    def of(self, device: str) -> int | None:
-        """Bytes for weights on a device: as given, else three quarters of a GPU's memory, and no bound on a CPU."""
+    def of(self, device: str, memory: int | None) -> int | None:
+        """Bytes for weights on a device: as given, else three quarters of its `memory`; without that, as for a CPU, no
+        bound."""
         if device in self.given:
             return self.given[device]
-        if device != "cpu" and torch.cuda.is_available():
-            return int(torch.cuda.get_device_properties(int(device)).total_memory * _DEFAULT_SHARE)
-        return None
+        return None if memory is None else int(memory * _DEFAULT_SHARE)
 
 
 def device_key(worker: Worker) -> str:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
+from handlers.engine.checkpoints import Part, part_shapes, read_header
+from handlers.engine.weights import adopt, read_tensors
 from luna_protocol.errors import Impossible, Malformed
 
 END_TOKEN = 49407

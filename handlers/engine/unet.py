@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
+from handlers.engine.checkpoints import Part, part_shapes, read_header
 from handlers.engine.diffusers_modules import ResnetBlock2D, Transformer2DModel, UNet2DConditionModel, Upsample2D
 from handlers.engine.free_u import reweigh
 from handlers.engine.unet_layout import UNetLayout
+from handlers.engine.weights import adopt, read_tensors
 from luna_protocol.messages import FreeU
 
 Control = Mapping[str, list[Tensor | None]]

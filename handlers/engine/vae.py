@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from handlers.engine.checkpoints import Part, adopt, part_shapes, read_header, read_tensors
+from handlers.engine.checkpoints import Part, part_shapes, read_header
 from handlers.engine.diffusers_modules import AutoencoderKL, AutoencoderTiny, convert_ldm_vae_checkpoint
 from handlers.engine.tiles import tiled
+from handlers.engine.weights import adopt, read_tensors
 from luna_protocol.errors import Impossible, Malformed
 from luna_protocol.messages import Tiling
 

@@ -15,8 +15,11 @@ import psutil
 import pytest
 import torch
 
-from comfy_client.server import Server, Timeouts, Unauthorized, Unreachable
-from comfy_client.transport import BLOB, Transport
+from comfy_client.connections import BLOB
+from comfy_client.faults import Unauthorized, Unreachable
+from comfy_client.manager import Timeouts
+from comfy_client.server import Server
+from comfy_client.transport import Transport
 from luna_protocol import shared_memory
 from luna_protocol.blob import content_hash, pack
 from luna_protocol.errors import Impossible, Internal, Malformed, NotFound, TooLarge, Unavailable
@@ -38,6 +41,15 @@ def test_importing_the_client_needs_neither_side() -> None:
     code = "import sys, comfy_client.server; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"ts", "diffusers", "transformers", "comfy", "handlers", "serving"} & set(loaded.split())
+
+
+def test_who_operates_a_server_does_not_wait_for_torch() -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='it'); print(*sys.modules)"
+    for script in ("serve", "models", "monitor", "add_checkpoint"):
+        command = [sys.executable, "-c", code, f"scripts/{script}.py"]
+        environment = os.environ | {"PYTHONPATH": "scripts"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert "comfy_client.manager" in done.stdout.split() and "torch" not in done.stdout.split()
 
 
 def test_index_and_models_tell_what_is_loaded_where(server: Server, served_tiny: str) -> None:

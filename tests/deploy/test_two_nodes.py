@@ -15,7 +15,9 @@ import pytest
 import torch
 import urllib3
 
-from comfy_client.server import Server, Timeouts, Unauthorized
+from comfy_client.faults import Unauthorized
+from comfy_client.manager import Timeouts
+from comfy_client.server import Server
 from handlers.worker_state import live_workers
 from luna_protocol.messages import UNetForward
 from serving.archives import pack_checkpoint

@@ -11,7 +11,8 @@ import pytest
 import torch
 import urllib3
 
-from comfy_client.server import Server, Unreachable
+from comfy_client.faults import Unreachable
+from comfy_client.server import Server
 from luna_protocol.errors import Broken, Full, LunaError, NotFound, TooLarge, Unavailable
 from luna_protocol.messages import UNetForward, VaeDecode
 from serving.torchserve import TorchServe

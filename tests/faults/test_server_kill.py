@@ -11,7 +11,8 @@ import psutil
 import pytest
 import yaml
 
-from comfy_client.server import Server, Unreachable
+from comfy_client.faults import Unreachable
+from comfy_client.server import Server
 from handlers.engine.saving.decode_queue import DecodeQueue
 from luna_protocol.messages import RepositoryIndex
 from luna_protocol.save_job import QueueStatus
@@ -90,7 +91,7 @@ def test_what_a_killed_server_accepted_another_does_once(servers, database: str 
 
     begun = time.monotonic()
     with pytest.raises(Unreachable):
-        clients[0].call("repository", RepositoryIndex())
+        clients[0].ask(RepositoryIndex())
     told = time.monotonic() - begun
     until = begun + 300
     while (counts := queue.report(QueueStatus(limit=0)).counts)["done"] < JOBS:
@@ -105,7 +106,7 @@ def test_what_a_killed_server_accepted_another_does_once(servers, database: str 
     with servers[0]:
         load(clients[0])
         clients[0].wait_ready(MODELS)
-        report = clients[0].call("repository", QueueStatus(limit=0))[0]
+        report = clients[0].ask(QueueStatus(limit=0))
     assert report["counts"]["done"] == JOBS
     print(f"told in {told:.2f} s, its jobs done {done:.1f} s later, back in {time.monotonic() - begun:.1f} s")
     check_each_done_once(tmp_path / "output", queue, jobs, pictures)

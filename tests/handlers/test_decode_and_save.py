@@ -103,7 +103,7 @@ def test_jobs_survive_the_workers_death(server, vae, home):
 
 def worker_of(server: Server, model: str) -> int:
     while True:
-        index = server.call("repository", RepositoryIndex())[0]
+        index = server.ask(RepositoryIndex())
         pids = [worker["pid"] for served in index["models"] if served["name"] == model for worker in served["workers"]]
         if pids:
             return pids[0]
@@ -113,7 +113,7 @@ def worker_of(server: Server, model: str) -> int:
 def test_cancel_and_purge_through_either_model(server, vae):
     save(server, vae, job := a_job(), {"latent0": torch.zeros(1, 4, 4, 4)})
     wait_for(server, job)
-    reply = server.call("repository", CancelJobs(job_ids=[job.job_id]))[0]
+    reply = server.ask(CancelJobs(job_ids=[job.job_id]))
     assert reply["unchanged"] == {job.job_id: "the job is done"}
     assert server.call(vae, PurgeJobs(job_ids=[job.job_id]))[0]["changed"] == [job.job_id]
     assert report(server, vae, job_ids=[job.job_id]).jobs == []

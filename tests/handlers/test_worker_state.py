@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from handlers.engine.memory_budget import Budgets
 from handlers.worker_state import KEEPER, WorkerState, live_workers
 from luna_protocol.errors import Broken, OutOfMemory
 from luna_protocol.messages import Worker
@@ -20,13 +19,12 @@ MB = 10**6
 CLAIM = """
 import os, sys
 from pathlib import Path
-from handlers.engine.memory_budget import Budgets
 from handlers.worker_state import WorkerState
 from luna_protocol.errors import OutOfMemory
 from luna_protocol.messages import Worker
 state = WorkerState(Path(sys.argv[1]), sys.argv[2], Worker(pid=os.getpid(), state="loading", device="cpu"))
 try:
-    state.claim(40_000_000, Budgets.parse("cpu=100MB"), seconds=float(sys.argv[3]))
+    state.claim(40_000_000, 100_000_000, seconds=float(sys.argv[3]))
     print("took", flush=True)
 except OutOfMemory as error:
     print(error, flush=True)
@@ -72,12 +70,17 @@ def test_of_three_that_start_together_two_get_in_and_the_third_when_one_ends(tmp
 def test_a_refusal_names_what_is_there_and_what_would_help(tmp_path):
     state = own(tmp_path)
     with pytest.raises(OutOfMemory, match=r"own needs 0\.20 GB on cpu, whose budget of 0\.10 GB.*nothing.*unload"):
-        state.claim(200 * MB, Budgets.parse("cpu=100MB"), seconds=0)
+        state.claim(200 * MB, 100 * MB, seconds=0)
 
 
 def test_devices_have_budgets_of_their_own(tmp_path):
-    own(tmp_path, assigned_gpu=1).claim(200 * MB, Budgets.parse("0=100MB,cpu=100MB"), seconds=0)
-    assert live_workers(tmp_path)["own"][0].state == "loading"
+    first = own(tmp_path, assigned_gpu=0, weights_bytes=90 * MB)
+    record = json.loads(first.path.read_text())
+    record["worker"]["pid"], record["started"] = os.getppid(), psutil.Process(os.getppid()).create_time()
+    (first.folder / "other.json").write_text(json.dumps(record))
+    own(tmp_path, assigned_gpu=1).claim(50 * MB, 100 * MB, seconds=0)
+    with pytest.raises(OutOfMemory, match=r"holds own 0\.09 GB"):
+        own(tmp_path, assigned_gpu=0).claim(50 * MB, 100 * MB, seconds=0)
 
 
 def test_what_was_held_back_is_written_a_moment_later(tmp_path):
@@ -126,6 +129,6 @@ def test_a_full_disk_stops_no_request_and_lets_nobody_load_unseen(tmp_path):
             state.update(busy=True)
             state.update(now=True, requests=7)
             with pytest.raises(OSError, match="No space left"):
-                state.claim(50 * MB, Budgets.parse("cpu=100MB"))
+                state.claim(50 * MB, 100 * MB)
         state.update(now=True, busy=False)
         assert live_workers(run)["own"][0].requests == 7

@@ -11,7 +11,6 @@ import torch
 
 from comfy_client.server import Server
 from handlers.engine.checkpoints import weights_size
-from handlers.engine.memory_budget import Budgets
 from luna_protocol.errors import LunaError, OutOfMemory
 from luna_protocol.messages import UNetForward, Worker
 from serving import keeper as keeper_module
@@ -22,39 +21,41 @@ from tests.checkpoints import write
 from tests.conftest import connect
 
 
-def worker(size: int, used: float = 0, gpu: int | None = None, state="ready", busy=False) -> Worker:
+def worker(size: int, used: float = 0, gpu: int | None = None, busy=False) -> Worker:
+    last_used = time.time() - used
     return Worker(
-        pid=1, state=state, device="cpu", assigned_gpu=gpu, weights_bytes=size, last_used=time.time() - used, busy=busy
+        pid=1, state="ready", device="cpu", assigned_gpu=gpu, weights_bytes=size, last_used=last_used, busy=busy
     )
 
 
-def in_the_way(waiting: Worker, budget: str, workers: dict[str, list[Worker]]) -> list[str]:
-    return Keeper(None, Path(), Budgets.parse(budget))._in_the_way(waiting, workers | {"new.unet": [waiting]})
+def in_the_way(needed: int, budget: int, workers: dict[str, list[Worker]], gpu: int | None = None) -> list[str]:
+    """What goes for a worker that waits for `needed` bytes."""
+    waiting = Worker(pid=2, state="waiting", device="cpu", assigned_gpu=gpu, weights_bytes=needed, budget_bytes=budget)
+    return Keeper(None, Path())._in_the_way(waiting, workers | {"new.unet": [waiting]})
 
 
 def test_the_least_recently_used_go_first_and_no_more_than_needed():
     workers = {"a.unet": [worker(40 << 20, 100)], "b.unet": [worker(40 << 20, 300)], "c.unet": [worker(20 << 20, 200)]}
-    waiting = worker(50 << 20, state="waiting")
-    assert in_the_way(waiting, "cpu=100MiB", workers) == ["b.unet", "c.unet"]
+    assert in_the_way(50 << 20, 100 << 20, workers) == ["b.unet", "c.unet"]
 
 
 def test_a_checkpoint_that_samples_keeps_its_text_encoder_and_vae():
     workers = {"a.unet": [worker(50 << 20, 0, busy=True)], "a.vae": [worker(50 << 20, 900)]}
-    assert in_the_way(worker(50 << 20, state="waiting"), "cpu=100MiB", workers) == []
+    assert in_the_way(50 << 20, 100 << 20, workers) == []
 
 
 def test_what_was_used_a_moment_ago_stays():
-    assert in_the_way(worker(9, state="waiting"), "cpu=10MiB", {"a.unet": [worker(10 << 20, 1)]}) == []
+    assert in_the_way(9, 10 << 20, {"a.unet": [worker(10 << 20, 1)]}) == []
 
 
 def test_nothing_goes_for_one_that_would_still_not_fit():
     workers = {"a.unet": [worker(50 << 20, 900)], "b.unet": [worker(50 << 20, 0, busy=True)]}
-    assert in_the_way(worker(60 << 20, state="waiting"), "cpu=100MiB", workers) == []
+    assert in_the_way(60 << 20, 100 << 20, workers) == []
 
 
 def test_other_devices_are_left_alone():
     workers = {"a.unet": [worker(50 << 20, 900, gpu=1)], "b.unet": [worker(50 << 20, 100, gpu=0)]}
-    assert in_the_way(worker(40 << 20, gpu=0, state="waiting"), "0=50MiB,1=50MiB", workers) == ["b.unet"]
+    assert in_the_way(40 << 20, 50 << 20, workers, gpu=0) == ["b.unet"]
 
 
 def test_an_unreadable_memory_of_what_was_loaded_loads_everything(tmp_path):
@@ -80,7 +81,7 @@ def running(tmp_path_factory) -> Iterator[TorchServe]:
     for name in "abc":
         file = write(home / "models" / "checkpoints" / f"{name}.safetensors", "tiny_sd15")
         pack_checkpoint(file, home / "model_store", dtype="fp32", home=home)
-    size = weights_size(file, "unet", torch.float32)
+    size = weights_size(file, "unet", 4)
     environment = {"CUDA_VISIBLE_DEVICES": "0,1", "LUNA_MEMORY": f"0={size * 2.5 / 1e6:.3f}MB", "OMP_NUM_THREADS": "1"}
     before = dict(os.environ)
     os.environ.update(environment)
@@ -119,7 +120,7 @@ def test_a_life_of_models(running, monkeypatch):
         sample(server, "c.unet")
 
     # Somebody does: b goes, because a was used later.
-    keeper = Keeper(server, running.run, Budgets.parse(os.environ["LUNA_MEMORY"]))
+    keeper = Keeper(server, running.run)
     keeper.start()
     try:
         time.sleep(2)

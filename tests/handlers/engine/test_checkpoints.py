@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handlers.engine.checkpoints import detect, read_header, read_tensors
+from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.unet import UNet
+from handlers.engine.weights import read_tensors
 from luna_protocol.errors import Impossible, Malformed, NotFound
 from tests import checkpoints
 from tests.handlers.engine.conftest import CPU

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from handlers.engine.checkpoints import detect, read_header, read_tensors
+from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.weights import read_tensors
 from tests import checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
 
 MEASURE = """
 import sys, torch
-from handlers.engine.checkpoints import DTYPES, detect, read_header
+from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.weights import DTYPES
 from handlers.engine.unet import UNet
 def status(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))

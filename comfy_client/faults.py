@@ -1,0 +1,76 @@
+"""What can go wrong between a client and a server, as `LunaError`s, whether our handlers told it or TorchServe did."""
+
+import json
+
+from comfy_client.connections import Response
+from luna_protocol.errors import (
+    Impossible,
+    Internal,
+    LunaError,
+    Malformed,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    from_json,
+)
+
+
+class Unreachable(Unavailable):
+    """Nothing answers at the server's address, or it stopped answering halfway."""
+
+    code = "unreachable"
+
+
+class Unauthorized(LunaError):
+    """The server wants a token that we do not have."""
+
+    status, code = 401, "unauthorized"
+
+
+class WorkerDied(Internal):
+    """The worker ended while it had the request."""
+
+
+class Refused(Unavailable):
+    """TorchServe itself did not take the request."""
+
+
+class AlreadyThere(LunaError):
+    """A model of that name is registered."""
+
+
+def token_refused(response: Response) -> bool:
+    return response.status == 400 and b"InvalidKeyException" in response.data
+
+
+def fault(response: Response, model: str, sent: int) -> LunaError:
+    """What the server told, ours or TorchServe's."""
+    status, retry_after = response.status, response.headers.get("Retry-After", "")
+    own = from_json(response.data, float(retry_after) if retry_after.isdecimal() else None)
+    if own is not None:
+        return own
+    try:
+        told = str(json.loads(response.data)["message"])
+    except (ValueError, KeyError, TypeError):
+        told = response.data[:200].decode(errors="replace") or "nothing more"
+    if "Worker died" in told:
+        return WorkerDied(f"the worker of {model} died on this request", "the server's logs/ have the reason")
+    match status:
+        case 400:
+            return Malformed(f"TorchServe refuses the request for {model}: {told}")
+        case 401 | 403:
+            return Unauthorized(f"the proxy refuses the token: {told}", "LUNA_TOKEN holds what it asks for")
+        case 404:
+            return NotFound(told, "scripts/add_checkpoint.py packs and registers a checkpoint")
+        case 405:
+            return Impossible(f"the server does not allow this: {told}", "config.properties: enable_model_api=true")
+        case 409:
+            return AlreadyThere(told)
+        case 413:
+            return TooLarge(f"{sent} bytes are more than the server takes", "config.properties: max_request_size")
+        case 503:
+            return Refused(told, retry_after=0.5)
+        case 502 | 504:
+            return Unreachable(f"a proxy lost the server of {model}: {told}", "is it restarting?", retry_after=0.5)
+        case _:
+            return Internal(f"TorchServe answers {status} for {model}: {told}", "the server's logs/ have the reason")
