@@ -57,8 +57,10 @@ class PatchedSettings(HandlerSettings):
 
 
 class UNetSettings(PatchedSettings):
-    """The step cache holds at most step_cache_mb, and drops what a run has not used for step_cache_ttl seconds."""
+    """The step cache holds at most step_cache_mb, and drops what a run has not used for step_cache_ttl seconds.
+    compile: whether to run `compile_blocks`."""
 
+    compile: bool = False
     step_cache_mb: int = Field(default=1024, ge=0)
     step_cache_ttl: float = Field(default=300, gt=0, allow_inf_nan=False)
 

@@ -36,13 +36,21 @@ class UNetHandler(PatchedHandler):
         return sum(parameter.nbytes for parameter in self.unet.model.parameters())
 
     def warm_up(self) -> None:
-        layout = self.unet.layout
+        if self.settings.compile:
+            from handlers.engine.compilation import compile_blocks  # with the compiler, which takes seconds
+
+            # A single row is a case of its own; so would be a single position, to which smaller sides shrink.
+            compile_blocks(self.unet.model, lambda: [self._run_zeros(rows, 16) for rows in (2, 1)])
         # A GPU chooses its kernels by size, so cond and uncond of the usual picture; a CPU would take long for those.
-        side = 8 if self.device.type == "cpu" else 64 if layout.adm_channels is None else 128
-        x = torch.zeros(2, layout.in_channels, side, side, dtype=self.dtype, device=self.device)
-        context = x.new_zeros(2, 77, layout.context_dim)
-        y = None if layout.adm_channels is None else x.new_zeros(2, layout.adm_channels)
-        self.unet.forward(x, x.new_zeros(2, dtype=torch.float32), context, y)
+        usual = 64 if self.unet.layout.adm_channels is None else 128
+        self._run_zeros(2, 8 if self.device.type == "cpu" else usual)
+
+    def _run_zeros(self, rows: int, side: int) -> None:
+        layout = self.unet.layout
+        x = torch.zeros(rows, layout.in_channels, side, side, dtype=self.dtype, device=self.device)
+        context = x.new_zeros(rows, 77, layout.context_dim)
+        y = None if layout.adm_channels is None else x.new_zeros(rows, layout.adm_channels)
+        self.unet.forward(x, x.new_zeros(rows, dtype=torch.float32), context, y)
 
     def check(self, item: Item[UNetForward]) -> None:
         x, timesteps, context = item.take("x", 4), item.take("timesteps", 1), item.take("context", 3)
@@ -73,8 +81,9 @@ class UNetHandler(PatchedHandler):
         self._cache_rows(item)
 
     def rows(self, item: Item[UNetForward]) -> int | None:
-        # The side path finds a row's LoRAs by its place in the batch, and the step cache runs parts of a batch.
-        return None if item.request.step_cache else len(item.tensors["x"])
+        # The side path finds a row's LoRAs by its place in the batch, and the step cache runs parts of a batch. It also
+        # works by hooks, which compiled blocks do not run.
+        return None if item.request.step_cache or self.settings.compile else len(item.tensors["x"])
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:
         tensors = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(item.tensors.items()))

@@ -184,6 +184,7 @@ class TorchServe:
             "LUNA_RUN": str(self.run),
             "LUNA_MODEL_STORE": str(self.store),
             "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.run / "compiled"),  # kept, unlike the temporary folder
             # Workers share the cores with each other and with the clients: beside a busy process, threads that spin
             # for as long as libgomp lets them made a forward nine times slower; without spinning they lose a tenth.
             "GOMP_SPINCOUNT": "10000",

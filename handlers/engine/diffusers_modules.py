@@ -33,6 +33,7 @@ def _undecorated(function: Callable | None = None, **_options: Any) -> Callable:
 
 with _without("transformers", "torch._dynamo"):
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.resnet import ResnetBlock2D
@@ -44,6 +45,7 @@ with _without("transformers", "torch._dynamo"):
 __all__ = [
     "AutoencoderKL",
     "AutoencoderTiny",
+    "BasicTransformerBlock",
     "ResnetBlock2D",
     "Transformer2DModel",
     "UNet2DConditionModel",

@@ -177,7 +177,9 @@ class Overlays:
             parameters, leaf = self._places[name]
             parameters[leaf] = weight
 
-    @torch.inference_mode()
+    # No inference mode: a compiled block would take its tensors for another kind than the base's and be compiled anew.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _merge(self, stack: Stack) -> Overlay:
         self._make_room(self._nbytes(stack))
         weights: dict[str, torch.Tensor] = {}
