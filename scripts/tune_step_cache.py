@@ -44,12 +44,11 @@ def candidates() -> list[Setting]:
         Setting(policy="first_block", parameters={"residual_threshold": threshold}, end_timestep=100)
         for threshold in (0.05, 0.1, 0.15, 0.2, 0.3)
     ]
-    deep_cache = [
-        Setting(policy="deep_cache", parameters={"interval": interval}, end_timestep=100) for interval in (2, 3, 4)
-    ]
+    reaches = [{"interval": 4, "reach": reach} for reach in (35, 70, 105)]  # one, two and three of 30 steps
+    deep_cache = [Setting(policy="deep_cache", parameters=reach, end_timestep=100) for reach in reaches]
     forecast = [
-        Setting(policy="forecast", parameters={"interval": interval}, start_timestep=start, end_timestep=50)
-        for interval, start in product((2, 3, 4, 5), (None, 850, 750))
+        Setting(policy="forecast", parameters=reach, start_timestep=start, end_timestep=50)
+        for reach, start in product(reaches, (None, 850, 750))
     ]
     return first_block + deep_cache + forecast
 
@@ -80,7 +79,7 @@ def main() -> int:
     parser.add_argument("--side", type=int, help="pixels along each side (default: 512 for SD1.5, 1024 for SDXL)")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), metavar="NAME")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=[30], help="a preset must keep its promise at each (default: 30)"
+        "--steps", type=int, nargs="+", default=[20, 30], help="a preset must keep its promise at each (default: 20 30)"
     )
     parser.add_argument("--cfg", type=float, default=6.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

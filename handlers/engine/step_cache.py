@@ -103,7 +103,7 @@ class _Traveller:
         return self.before is not None and self.row.end_timestep <= self.timestep <= self.row.start_timestep
 
     def candidate(self) -> Candidate:
-        return Candidate(self.before.history, self.before.hits, self.probe)
+        return Candidate(self.timestep, self.before.history, self.before.hits, self.probe)
 
 
 class StepCache:

@@ -34,9 +34,11 @@ class Computed:
 class Candidate:
     """A row that may become a hit.
 
-    history: full evaluations of the run, newest last, at least one; hits: how many hits in a row came after them.
+    timestep: the one it is to be evaluated at; history: full evaluations of the run, newest last, at least one; hits:
+    how many hits in a row came after them.
     """
 
+    timestep: float
     history: tuple[Computed, ...]
     hits: int
     probe: Tensor | None
@@ -116,6 +118,8 @@ class DeepCache(Policy):
     """DeepCache: the deep features of a full evaluation serve the next ones, only the shallow blocks run.
 
     interval: every how many evaluations one is computed in full; 1 never hits.
+    reach: how many timesteps below the last full evaluation a hit may lie. With it, a setting that is good for a run of
+        30 steps is so for one of 20, whose steps are longer.
     branch: how many input and output blocks a hit still runs.
 
     Source: Ma, Fang, Wang, "DeepCache: Accelerating Diffusion Models for Free", arXiv:2312.00858 (uniform interval).
@@ -124,6 +128,7 @@ class DeepCache(Policy):
     name = "deep_cache"
 
     interval: int = Field(default=2, ge=1, le=100)
+    reach: float = Field(default=1000, ge=0, le=1000)
     branch: int = Field(default=1, ge=1, le=32)
 
     @property
@@ -135,7 +140,8 @@ class DeepCache(Policy):
         return self.branch
 
     def hit(self, rows: list[Candidate]) -> bool:
-        return max(row.hits for row in rows) < self.interval - 1
+        reached = max(row.history[-1].timestep - row.timestep for row in rows)
+        return max(row.hits for row in rows) < self.interval - 1 and reached <= self.reach
 
     def feature(self, entered: Tensor, reached: Tensor) -> Tensor:
         return reached.clone()
@@ -147,7 +153,7 @@ class DeepCache(Policy):
 class Forecast(DeepCache):
     """DeepCache whose features are not held but extrapolated to the present timestep.
 
-    interval: every how many evaluations one is computed in full; 1 never hits.
+    interval, reach: as there.
     branch: how many input and output blocks a hit still runs; with 0 only the head, on features foreseen.
     order: degree of the polynomial through the last order + 1 full evaluations; hits wait until there are so many.
 

@@ -153,6 +153,14 @@ def test_interval_and_bound_on_hits_in_a_row(cache):
     assert [waiting.step()[0] for _ in range(6)] == [False, False, False, True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("reach", "hits"), [(39, "......"), (40, ".x.x.x"), (79, ".x.x.x"), (80, ".xx.xx"), (1000, ".xxx.x")]
+)
+def test_a_hit_lies_within_reach_of_the_last_full_step(cache, reach, hits):
+    run = Run(cache, chosen=policy("deep_cache", {"interval": 4, "reach": reach}))
+    assert "".join("x" if run.step()[0] else "." for _ in range(6)) == hits
+
+
 def test_the_window_is_inclusive(cache):
     run = Run(cache, window=(959.0, 879.0))
     assert [run.step()[0] for _ in range(6)] == [False, True, True, True, False, False]
@@ -375,6 +383,7 @@ def test_forecast_continues_a_straight_line():
         ("first_block", {"max_consecutive_hits": -2}, Impossible),
         ("first_block", {"max_consecutive_hits": 0.5}, Impossible),
         ("deep_cache", {"interval": 0}, Impossible),
+        ("forecast", {"reach": -1}, Impossible),
         ("forecast", {"order": 9}, Impossible),
     ],
 )
