@@ -41,6 +41,7 @@ def test_a_worker_killed_in_a_run_is_not_noticed(comfyui: ComfyUI, torchserve: T
     _picture(g, steps=12, width=256, height=256)
     expected = comfyui.run(g).latents["latent"]
     comfyui.post("/free", {"free_memory": True})  # forgets the outcome, so that the same graph runs again
+    time.sleep(1)  # in the thread that runs prompts, which may take the next one first
     worker = psutil.Process(_worker_pid(torchserve, "sd15.unet"))
     prompt = comfyui.start(g)
     comfyui.wait_for_step()
@@ -128,7 +129,7 @@ def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, t
 
 def test_a_client_of_another_protocol_version(stray, tmp_path) -> None:
     other = tmp_path / "other"
-    for package in ("comfy_client", "luna_protocol"):
+    for package in ("comfy_client", "luna_protocol", "luna_pictures"):
         shutil.copytree(ROOT / package, other / package)
     shutil.copy(ROOT / "__init__.py", other)
     version = other / "luna_protocol" / "__init__.py"
