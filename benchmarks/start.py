@@ -58,7 +58,7 @@ def main() -> None:
         cold = start(home, shape.unet.context)
         warm = start(home, shape.unet.context)
         # Their requests share the cores with nothing that loads.
-        alone = [start(home, shape.unet.context, "--only", "unet") for _ in range(3)]
+        alone = [start(home, shape.unet.context, "--only", "unet") for _ in range(1 if options.quick else 3)]
     rows = [["read the file", disk, cached]]
     rows.append(["scripts/serve.py to the UNet's first answer", cold.unet, warm.unet])
     rows.append(["... to the first answer of every model", cold.all_models, warm.all_models])
@@ -67,8 +67,8 @@ def main() -> None:
     later = [statistics.median(one.later_requests) for one in alone]
     over_later = statistics.median(first / others for first, others in zip(firsts, later, strict=True))
     show(
-        "Requests after three starts (the UNet, cond and uncond, 128 px)",
-        ["ms", "", "", ""],
+        "Requests after a start (the UNet, cond and uncond, 128 px)",
+        ["ms", *map(str, range(1, len(alone) + 1))],
         [
             ["the first", *(seconds * 1e3 for seconds in firsts)],
             ["those after it (median)", *(seconds * 1e3 for seconds in later)],

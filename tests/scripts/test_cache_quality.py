@@ -63,10 +63,10 @@ def test_psnr_and_ssim_of_known_pictures():
     assert ssim(1 - noise, noise).item() < 0 < ssim((noise + 0.05).clamp(0, 1), noise).item()
 
 
-def comparison(setting, speedup, decibels, fewer_decibels):
+def comparison(setting, speedup, decibels, fewer_decibels, skipped=0.5):
     def made(values):
         pictures = torch.zeros(len(values), 3, 16, 16)
-        return Comparison(setting, 30, speedup, 0.5, torch.tensor(values), torch.ones(len(values)), pictures)
+        return Comparison(setting, 30, speedup, skipped, torch.tensor(values), torch.ones(len(values)), pictures)
 
     return replace(made(decibels), fewer=made(fewer_decibels))
 
@@ -85,6 +85,10 @@ def test_presets_go_to_the_fastest_that_keeps_the_floor_everywhere_and_beats_few
     assert tune_step_cache.choose([[slow, beaten]])["fast"].policy == "first_block"
     assert tune_step_cache.choose([[slow, fast], [slow, beaten]])["fast"].policy == "first_block"
     assert tune_step_cache.choose([[beaten]]) == {}
+    # Where a setting reuses nothing it does no harm; it has to pay elsewhere.
+    idle = comparison(OFTEN, 1.0, [100.0, 100.0], [100.0, 100.0], skipped=0.0)
+    assert tune_step_cache.choose([[slow, fast], [slow, idle]])["fast"].measured["speedup"] == 1.75
+    assert tune_step_cache.choose([[idle], [idle]]) == {}
 
 
 def test_tuning_writes_presets_that_a_served_model_reads(tune_step_cache, checkpoint, monkeypatch, capsys):
