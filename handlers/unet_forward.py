@@ -81,8 +81,8 @@ class UNetHandler(PatchedHandler):
         self._cache_rows(item)
 
     def rows(self, item: Item[UNetForward]) -> int | None:
-        # The side path finds a row's LoRAs by its place in the batch, and the step cache runs parts of a batch. It also
-        # works by hooks, which compiled blocks do not run.
+        # The side path finds a row's LoRAs by its place in the batch, which the step cache takes apart, and works by
+        # hooks, which compiled blocks do not run.
         return None if item.request.step_cache or self.settings.compile else len(item.tensors["x"])
 
     def group_key(self, item: Item[UNetForward]) -> Hashable:

@@ -92,7 +92,8 @@ class WorkerState:
         _forget(path for path, record in _records(self._run) if record.model == self.record.model and _fell(record))
 
     def claim(self, needed: int, budget: int | None, seconds: float = ROOM_SECONDS) -> None:
-        """Take `needed` bytes of the device's budget for this worker's weights, waiting while a keeper makes room.
+        """Take `needed` bytes of the device's budget (None: no bound) for this worker's weights, waiting while a keeper
+        makes room.
 
         Raises:
             OutOfMemory: there was none for `seconds`, nobody makes any, or it never can be enough.
