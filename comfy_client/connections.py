@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPMessage, HTTPSConnection
 from urllib.parse import urlsplit
 
-BLOB, JSON = "application/octet-stream", "application/json"
-
 
 @dataclass(frozen=True)
 class Body:

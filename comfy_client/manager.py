@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from comfy_client.connections import JSON, Answer, Body, Connections, NotConnected, Response
+from comfy_client.connections import Answer, Body, Connections, NotConnected, Response
 from comfy_client.faults import AlreadyThere, Refused, Unauthorized, Unreachable, WorkerDied, fault, token_refused
 from comfy_client.tokens import FixedToken, Tokens, default_key_file
+from luna_protocol import JSON
 from luna_protocol.errors import Full, Loading, LunaError, Unavailable
 from luna_protocol.messages import Index, RepositoryIndex, Request, validate
 

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from comfy_client.connections import BLOB, JSON, Answer, Body
+from comfy_client.connections import Answer, Body
+from luna_protocol import BLOB, JSON
 from luna_protocol.blob import Blob, unpack
 from luna_protocol.errors import Internal, NoSharedMemory
 from luna_protocol.shared_memory import Segment, SharedBlob, sweep

@@ -23,8 +23,9 @@ from handlers.engine.tensor_cache import TensorCache
 from handlers.engine.weights import compute_dtype
 from handlers.metrics import HandlerMetrics
 from handlers.settings import settings_of
-from handlers.transport import JSON, Transport, is_plain_json
+from handlers.transport import Transport, is_plain_json
 from handlers.worker_state import FIRST_VERSION, WorkerState
+from luna_protocol import JSON
 from luna_protocol.blob import Blob
 from luna_protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
 from luna_protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request

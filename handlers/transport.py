@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from luna_protocol import BLOB, JSON
 from luna_protocol.blob import Blob, unpack
 from luna_protocol.errors import Malformed, TooLarge
 from luna_protocol.messages import Readiness, validate
 from luna_protocol.shared_memory import Attachments, SharedBlob
 
-JSON, BLOB = "application/json", "application/octet-stream"
 MAX_BODY_BYTES = 202_375_168  # max_response_size of config.properties; TorchServe kills a worker that answers more
 
 

@@ -1,3 +1,5 @@
 """The one language that LunaServe's server and its clients speak; it imports neither side."""
 
 PROTOCOL_VERSION = 1
+# Content types of HTTP bodies: tensors with their message, and a message alone or where to find a blob.
+BLOB, JSON = "application/octet-stream", "application/json"

@@ -95,6 +95,7 @@ def main() -> int:
     console = Console()
     stop_on_signals()
     try:
+        # What cannot be read is told here, once, and not by every worker.
         Roots.from_environment(ROOT)
         Budgets.from_environment()
         pack_repository(arguments.store)

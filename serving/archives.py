@@ -11,6 +11,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -37,13 +38,20 @@ class Archive:
     """A .mar of the store.
 
     model: NAME, or NAME/VERSION for versions after the first. written: it had to be packed, and was not there already
-    with the same content. checkpoint: the file that it serves, where there is one.
+    with the same content. handler: the settings that it has for its handler.
     """
 
     model: str
     path: Path
     written: bool
-    checkpoint: Path | None
+    handler: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file that it serves, None where there is none."""
+        with suppress(LunaError, ValidationError):  # its worker tells why it is not served
+            return settings_of(self.handler).checkpoint_path()
+        return None
 
 
 def pack_repository(store: Path, home: Path = ROOT, specs: Path = FOLDER) -> list[Archive]:
@@ -127,7 +135,7 @@ def _pack_role(
 def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Archive:
     store.mkdir(parents=True, exist_ok=True)
     served = model if version == FIRST_VERSION else f"{model}/{version}"
-    archive, checkpoint = store / archive_name(served), _checkpoint(config["handler"])
+    archive = store / archive_name(served)
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)
         code = temporary / "code"
@@ -137,7 +145,7 @@ def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Arc
         config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         handler = code / "handlers" / _HANDLERS[role]
         if _is_current(archive, code, config_file, handler):
-            return Archive(served, archive, False, checkpoint)
+            return Archive(served, archive, False, config["handler"])
         # A process of its own, because the archiver collects its files in a fixed place of the temporary folder.
         command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", model, "--version", version]
         command += [
@@ -158,13 +166,7 @@ def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Arc
         partial = archive.with_suffix(".part")
         shutil.copyfile(temporary / f"{model}.mar", partial)
         os.replace(partial, archive)
-    return Archive(served, archive, True, checkpoint)
-
-
-def _checkpoint(handler: dict) -> Path | None:
-    with suppress(LunaError, ValidationError):  # its worker tells why it is not served
-        return settings_of(handler).checkpoint_path()
-    return None
+    return Archive(served, archive, True, config["handler"])
 
 
 def _is_current(archive: Path, code: Path, config_file: Path, handler: Path) -> bool:

@@ -15,12 +15,11 @@ import psutil
 import pytest
 import torch
 
-from comfy_client.connections import BLOB
 from comfy_client.faults import Unauthorized, Unreachable
 from comfy_client.manager import Timeouts
 from comfy_client.server import Server
 from comfy_client.transport import Transport
-from luna_protocol import shared_memory
+from luna_protocol import BLOB, shared_memory
 from luna_protocol.blob import content_hash, pack
 from luna_protocol.errors import Impossible, Internal, Malformed, NotFound, TooLarge, Unavailable
 from luna_protocol.messages import ClipText, UNetForward, UNetOutput, VaeDecode

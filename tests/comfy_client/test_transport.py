@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-from comfy_client.transport import JSON, Answer, Body, Transport
+from comfy_client.transport import Answer, Body, Transport
 from handlers.transport import Transport as WorkerTransport
-from luna_protocol import shared_memory
+from luna_protocol import JSON, shared_memory
 from luna_protocol.blob import Blob
 from luna_protocol.errors import Impossible, LunaError, NoSharedMemory
 from luna_protocol.messages import UNetForward, UNetOutput
