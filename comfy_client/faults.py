@@ -39,6 +39,10 @@ class AlreadyThere(LunaError):
     """A model of that name is registered."""
 
 
+class DefaultVersion(Impossible):
+    """TorchServe does not forget the default version of a model while it has others."""
+
+
 def token_refused(response: Response) -> bool:
     return response.status == 400 and b"InvalidKeyException" in response.data
 
@@ -55,6 +59,11 @@ def fault(response: Response, model: str, sent: int) -> LunaError:
         told = response.data[:200].decode(errors="replace") or "nothing more"
     if "Worker died" in told:
         return WorkerDied(f"the worker of {model} died on this request", "the server's logs/ have the reason")
+    if "Cannot remove default version" in told:
+        return DefaultVersion(
+            f"{model} is the default of several versions",
+            "scripts/models.py set-default NAME OTHER makes it an ordinary one",
+        )
     match status:
         case 400:
             return Malformed(f"TorchServe refuses the request for {model}: {told}")

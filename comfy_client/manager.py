@@ -5,6 +5,7 @@ Nothing here handles tensors, so nothing imports torch, which alone takes two se
 
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +16,21 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from comfy_client.connections import Answer, Body, Connections, NotConnected, Response
-from comfy_client.faults import AlreadyThere, Refused, Unauthorized, Unreachable, WorkerDied, fault, token_refused
+from comfy_client.faults import (
+    AlreadyThere,
+    DefaultVersion,
+    Refused,
+    Unauthorized,
+    Unreachable,
+    WorkerDied,
+    fault,
+    token_refused,
+)
 from comfy_client.tokens import FixedToken, Tokens, default_key_file
 from luna_protocol import JSON
 from luna_protocol.errors import Full, Loading, LunaError, Unavailable
-from luna_protocol.messages import Index, RepositoryIndex, Request, validate
+from luna_protocol.messages import Index, RepositoryIndex, Request, Worker, validate
+from luna_protocol.model_names import archive_name, with_version
 
 # The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
 SESSION_HEADER = "Luna-Session"
@@ -68,6 +79,7 @@ class Manager:
         self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
         self.timeouts = timeouts
         self._session = uuid.uuid4().hex
+        self._registering = threading.Lock()
         self._connections = {
             address: Connections(address, timeouts.connect, timeouts.answer, connections)
             for address in (self.inference, self.management)
@@ -106,23 +118,28 @@ class Manager:
 
     def register(self, archive: str) -> bool:
         """Have an archive of the store (a file name) loaded; `wait_ready` tells when it is. False if it was already."""
-        try:
-            self._manage("POST", f"/models?{urlencode({'url': archive, 'synchronous': 'false'})}")
-        except AlreadyThere:
-            return False
-        return True
+        # Of two versions of a model that come at the same moment, TorchServe accepts both and forgets one.
+        with self._registering:
+            try:
+                self._manage("POST", f"/models?{urlencode({'url': archive, 'synchronous': 'false'})}")
+            except AlreadyThere:
+                return False
+            return True
 
     def load(self, model: str) -> None:
         """Have a model of the store loaded; one that is registered without a worker that serves starts anew."""
         if not self.register(archive_name(model)):
-            workers = next((each.workers for each in self.index().models if each.name == model), [])
-            wanted = self.describe(model)["minWorkers"]
+            workers = self._workers(model)
+            wanted = self.describe(with_version(model))["minWorkers"]
             if not wanted or (workers and all(worker.state == "failed" for worker in workers)):
                 self.scale(model, 0)
                 self.scale(model, max(1, wanted))
 
     def unload(self, model: str, seconds: float = 60) -> None:
-        """Unregister a model once nobody waits for it: TorchServe would never answer those that wait.
+        """Unregister a model of the store once nobody waits for it: TorchServe would never answer those that wait.
+
+        The default of several versions stays registered, without workers, so that its plain name does not come to mean
+        another one.
 
         Raises:
             Full: they still waited after `seconds`.
@@ -132,11 +149,18 @@ class Manager:
             if time.monotonic() > deadline:
                 raise Full(f"{model} still has requests after {seconds:.0f} s", "stop its clients first")
             time.sleep(_POLL_SECONDS)
-        self.unregister(model)
+        try:
+            self.unregister(model)
+        except DefaultVersion:
+            self.scale(model, 0)
 
     def unregister(self, model: str) -> None:
-        """End a model's workers and forget it, whoever waits for it; its archive stays."""
-        self._manage("DELETE", f"/models/{quote(model)}")
+        """End the workers of a model of the store and forget it, whoever waits for it; its archive stays.
+
+        Raises:
+            DefaultVersion: it is the default of several versions.
+        """
+        self._manage("DELETE", f"/models/{quote(with_version(model))}")
 
     def versions(self, model: str) -> tuple[list[str], str]:
         """The registered versions of a model, and the one that answers to its plain name."""
@@ -148,9 +172,9 @@ class Manager:
         self._manage("PUT", f"/models/{quote(model)}/{quote(version)}/set-default")
 
     def scale(self, model: str, workers: int) -> None:
-        """Start or end workers of a model; `wait_ready` tells when they are there."""
+        """Start or end workers of a model of the store; `wait_ready` tells when they are there."""
         count = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
-        self._manage("PUT", f"/models/{quote(model)}?{urlencode(count)}")
+        self._manage("PUT", f"/models/{quote(with_version(model))}?{urlencode(count)}")
 
     def wait_ready(
         self,
@@ -183,8 +207,11 @@ class Manager:
                 time.sleep(_POLL_SECONDS)
 
     def _is_used(self, model: str) -> bool:
-        workers = next((each.workers for each in self.index().models if each.name == model), [])
-        return self.pending(model) > 0 or any(worker.busy for worker in workers)
+        return self.pending(with_version(model)) > 0 or any(worker.busy for worker in self._workers(model))
+
+    def _workers(self, model: str) -> list[Worker]:
+        named = with_version(model)
+        return next((each.workers for each in self.index().models if with_version(each.name) == named), [])
 
     def pending(self, model: str) -> int:
         """How many requests wait for a worker of this model."""
@@ -281,9 +308,3 @@ class Manager:
 def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:
     """One after the other, because a connection's time-out is for one piece, however large."""
     return (memoryview(body)[start : start + _PIECE] for start in range(0, len(body), _PIECE))
-
-
-def archive_name(model: str) -> str:
-    """The file of the store for a model: X.unet.mar for "X.unet" and its first version "X.unet/1.0", X.unet@2.0.mar for
-    "X.unet/2.0"."""
-    return f"{model.removesuffix('/1.0').replace('/', '@')}.mar"

@@ -17,7 +17,7 @@ from handlers.engine.weights import read_scalars
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings
-from handlers.worker_state import FIRST_VERSION, live_workers
+from handlers.worker_state import live_workers
 from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.messages import (
     DescribeModel,
@@ -28,6 +28,7 @@ from luna_protocol.messages import (
     ServedModel,
     Worker,
 )
+from luna_protocol.model_names import FIRST_VERSION, archive_name, without_first
 
 _MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
@@ -59,8 +60,7 @@ class RepositoryHandler(RoleHandler):
         )
 
     def _describe(self, request: DescribeModel, workers: dict[str, list[Worker]]) -> Message:
-        name = request.model.removesuffix(f"/{FIRST_VERSION}").replace("/", "@")
-        archive = self.settings.roots.model_store / f"{name}.mar"
+        archive = self.settings.roots.model_store / archive_name(request.model)
         settings = _settings(archive) if archive.parent == self.settings.roots.model_store else None
         if settings is None:
             raise NotFound(f"the store has no model {request.model!r}", "the repository's index lists what it has")
@@ -120,7 +120,7 @@ def _served(name: str, settings: HandlerSettings, workers: dict[str, list[Worker
         family=settings.family,
         checkpoint=settings.checkpoint,
         fingerprint=_fingerprint(settings),
-        workers=workers.get(name.removesuffix(f"/{FIRST_VERSION}"), []),
+        workers=workers.get(without_first(name), []),
     )
 
 

@@ -24,11 +24,12 @@ from handlers.engine.weights import compute_dtype
 from handlers.metrics import HandlerMetrics
 from handlers.settings import settings_of
 from handlers.transport import Transport, is_plain_json
-from handlers.worker_state import FIRST_VERSION, WorkerState
+from handlers.worker_state import WorkerState
 from luna_protocol import JSON
 from luna_protocol.blob import Blob
 from luna_protocol.errors import Broken, Impossible, Internal, LunaError, Malformed, OutOfMemory
 from luna_protocol.messages import Message, Missing, Readiness, Ready, Request, Worker, parse_request
+from luna_protocol.model_names import without_first
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class RoleHandler:
             pid=os.getpid(), state="loading", device=str(self.device), assigned_gpu=assigned, dtype=str(self.dtype)[6:]
         )
         version = context.manifest["model"]["modelVersion"]
-        model = context.model_name if version == FIRST_VERSION else f"{context.model_name}/{version}"
+        model = without_first(f"{context.model_name}/{version}")
         self.state = WorkerState(self.settings.roots.run, model, worker)
         self.telemetry = HandlerMetrics(context.metrics, context.model_name, self.device)
 

@@ -22,7 +22,6 @@ from luna_protocol.messages import Worker
 
 log = logging.getLogger(__name__)
 
-FIRST_VERSION = "1.0"  # of a model called NAME; others are called NAME/VERSION, as TorchServe's addresses have them
 _INTERVAL = 1.0  # seconds between writes of counters
 ROOM_SECONDS = 40.0  # how long a worker waits for room; serve.py makes it by unloading what was idle half as long
 _ROOM_POLL = 0.25

@@ -11,14 +11,15 @@ import argparse
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
 from comfy_client.manager import Manager
 from handlers.engine.roots import Roots, find
-from handlers.worker_state import FIRST_VERSION
-from luna_protocol.errors import LunaError
+from luna_protocol.errors import LunaError, NotFound
+from luna_protocol.model_names import FIRST_VERSION, with_version
 from serving.archives import Archive, pack_checkpoint, pack_repository
 from serving.loading import load, overview
 from serving.specs import SpecError
@@ -83,17 +84,17 @@ def main() -> int:
 
 
 def _serve(server: Manager, archives: list[Archive], console: Console) -> int:
-    known = server.models()
     for archive in archives:
-        if archive.written and archive.model in known:
-            server.unregister(archive.model)
-    models = [archive.model for archive in archives]
-    load(server, models, console)
+        if archive.written:
+            with suppress(NotFound):  # it was not registered
+                server.unregister(archive.model)
+    load(server, [archive.model for archive in archives], console)
+    models = {with_version(archive.model) for archive in archives}
     index = server.index()
-    index.models = [model for model in index.models if model.name in models]
+    index.models = [model for model in index.models if with_version(model.name) in models]
     console.print(overview(index))
-    ready = {model.name for model in index.models if any(worker.state == "ready" for worker in model.workers)}
-    return 0 if ready == set(models) else 1
+    ready = [model for model in index.models if any(worker.state == "ready" for worker in model.workers)]
+    return 0 if len(ready) == len(models) else 1
 
 
 if __name__ == "__main__":

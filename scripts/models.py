@@ -92,9 +92,11 @@ def main() -> int:
                     server.unload(model)
                     console.print(f"{model} unloaded")
             case "scale":
-                server.scale(arguments.name, arguments.workers)
-                server.wait_ready([arguments.name])
-                return show_loaded(server, [arguments.name], console)
+                models = named(server.index(), [arguments.name])
+                for model in models:
+                    server.scale(model, arguments.workers)
+                server.wait_ready(models)
+                return show_loaded(server, models, console)
             case "versions":
                 show_versions(server, arguments.name, console)
             case "set-default":

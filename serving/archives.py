@@ -16,12 +16,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from comfy_client.manager import archive_name
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.roots import Roots
 from handlers.settings import settings_of
-from handlers.worker_state import FIRST_VERSION
 from luna_protocol.errors import LunaError
+from luna_protocol.model_names import FIRST_VERSION, archive_name, without_first
 from serving.specs import FOLDER, load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +133,7 @@ def _pack_role(
 
 def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Archive:
     store.mkdir(parents=True, exist_ok=True)
-    served = model if version == FIRST_VERSION else f"{model}/{version}"
+    served = without_first(f"{model}/{version}")
     archive = store / archive_name(served)
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)

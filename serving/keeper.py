@@ -23,9 +23,10 @@ from pydantic import TypeAdapter
 
 from comfy_client.manager import Manager
 from handlers.engine.memory_budget import device_key, gigabytes
-from handlers.worker_state import FIRST_VERSION, KEEPER, ROOM_SECONDS, holds, live_workers
+from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Worker, validate
+from luna_protocol.model_names import with_version, without_first
 from luna_protocol.save_job import QueueReport, QueueStatus
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Registered:
 
     def updated(self, workers: dict[str, int], defaults: dict[str, str], stored: Iterable[str]) -> "Registered":
         """With what is registered now; what is `stored`, and is not, was unloaded. Of all else, it stays as it was."""
-        ours = dict.fromkeys(map(_archived, stored), 0) | {_archived(model): n for model, n in workers.items()}
+        ours = dict.fromkeys(map(without_first, stored), 0) | workers
         return Registered(self.workers | ours, self.default_versions | defaults)
 
     def write(self, run: Path) -> None:
@@ -113,8 +114,7 @@ class Keeper:
 
     def remember(self) -> None:
         """Write down what is registered, for the next start."""
-        stored = self._stored()
-        self._write_down(self._registered(stored), stored)
+        self._write_down(self._registered())
 
     def make_room(self) -> None:
         """Unload what is idle, for each worker that waits and can be helped."""
@@ -131,13 +131,13 @@ class Keeper:
     def drain(self, wanted: dict[str, int]) -> None:
         """Answer those who wait for a model that has no workers any more."""
         for model, count in wanted.items():
-            if not count and self.server.pending(model):
+            if not count and self.server.pending(with_version(model)):
                 log.warning("%s was scaled to 0 while requests waited: a worker answers them", model)
                 self.server.scale(model, 1)
                 self._draining.add(model)
         workers = live_workers(self.run)
         for model in self._draining & workers.keys():
-            if _is_idle(model, workers) and not self.server.pending(model):
+            if _is_idle(model, workers) and not self.server.pending(with_version(model)):
                 self.server.scale(model, 0)
                 self._draining.remove(model)
 
@@ -151,15 +151,12 @@ class Keeper:
 
     def _look_after(self) -> None:
         # Asked for once: TorchServe runs nvidia-smi for every description.
-        stored = self._stored()
-        now = self._registered(stored)
-        self._guarded(lambda: self._write_down(now, stored))
+        now = self._registered()
+        self._guarded(lambda: self._write_down(now))
         self.drain(now.workers)
 
-    def _stored(self) -> list[str]:
-        return [model.name for model in self.server.index().models]
-
-    def _write_down(self, now: Registered, stored: list[str]) -> None:
+    def _write_down(self, now: Registered) -> None:
+        stored = (model.name for model in self.server.index().models)
         known = Registered.read(self.run)
         known.updated(now.workers, now.default_versions, filter(self.serves, stored)).write(self.run)
 
@@ -170,7 +167,7 @@ class Keeper:
             # The server may be restarting its repository model; there is a next time.
             log.warning("the keeper could not do its work: %s", error)
 
-    def _registered(self, stored: list[str]) -> Registered:
+    def _registered(self) -> Registered:
         workers, defaults = {}, {}
         for model in self.server.models():
             versions, default = self.server.versions(model)
@@ -178,8 +175,7 @@ class Keeper:
                 defaults[model] = default
             for version in versions:
                 name = f"{model}/{version}"
-                name = name if name in stored else model
-                workers[name] = self.server.describe(name)["minWorkers"]
+                workers[without_first(name)] = self.server.describe(name)["minWorkers"]
         return Registered(workers, defaults)
 
     def _in_the_way(self, waiting: Worker, workers: dict[str, list[Worker]]) -> list[str]:
@@ -198,11 +194,6 @@ class Keeper:
         if lacking <= 0 and chosen:
             log.info("%s of room on %s", gigabytes(sum(held[model] for model in chosen)), device)
         return chosen if lacking <= 0 else []
-
-
-def _archived(model: str) -> str:
-    """What its archive makes of a model's name: the first version has none."""
-    return model.removesuffix(f"/{FIRST_VERSION}")
 
 
 def _parts(model: str, workers: dict[str, list[Worker]]) -> list[Worker]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from comfy_client.manager import Manager
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Index
+from luna_protocol.model_names import with_version
 
 # Models that start together. Each of their workers imports torch: with many more than cores, none is ready before
 # TorchServe gives up on it and starts it again.
@@ -38,15 +39,15 @@ def load(
     with Progress(*columns, console=console) as progress:
         tasks = {model: progress.add_task(model, total=1, state="in line") for model in models}
 
-        def show(model: str, ready: int, wanted: int) -> None:
-            progress.update(tasks[model], completed=ready >= wanted, state=f"{ready} of {wanted} workers ready")
-
         def start(model: str) -> None:
+            def show(_model: str, ready: int, wanted: int) -> None:
+                progress.update(tasks[model], completed=ready >= wanted, state=f"{ready} of {wanted} workers ready")
+
             try:
                 server.load(model)
                 if count := (workers or {}).get(model):
                     server.scale(model, count)
-                server.wait_ready([model], progress=show)
+                server.wait_ready([with_version(model)], progress=show)
             except LunaError as error:
                 progress.update(tasks[model], completed=1, state="[red]not served")
                 progress.console.print(f"[red]{model}: {error}")

@@ -42,6 +42,11 @@ def serving(environment: dict[str, str], home: Path, port: int, *arguments: str 
         process.wait()
 
 
+def dtypes(told: str) -> list[str]:
+    """Those of the workers in a printed table that serve."""
+    return [line.split("│")[4].strip() for line in told.splitlines() if "ready │" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(os.name == "nt", reason="ends the server by SIGTERM")
@@ -96,6 +101,15 @@ def test_a_day_with_a_comfyui_next_to_it(tmp_path: Path) -> None:
         assert command("models", "versions", "tiny.unet")[1].split() == ["1.0", "(default)", "2.0"]
         loaded, others = command("models", "list")[1].split("not loaded:")
         assert "tiny.unet/2.0" in loaded and "tiny.unet/1.0" in loaded and "tiny.clip/1.0" in others
+        version = ("--comfyui", str(comfyui), "--version", "2.0", "--dtype", "bf16")
+        status, told = command("add_checkpoint", *version, "art/tiny.safetensors")
+        assert status == 0 and dtypes(told) == ["bfloat16"] * 3, told
+        status, told = command("models", "scale", "tiny.unet", "2")
+        assert status == 0 and sorted(dtypes(told)) == ["bfloat16"] * 2 + ["float32"] * 2, told
+        status, told = command("models", "unload", "tiny.unet")
+        assert status == 0, told
+        loaded, others = command("models", "list")[1].split("not loaded:")
+        assert "tiny.unet" not in loaded and "tiny.unet/2.0" in others and "tiny.unet/1.0" in others
 
 
 def test_other_versions_lie_beside_the_first(tmp_path: Path) -> None:

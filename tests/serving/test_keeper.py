@@ -66,7 +66,7 @@ def test_an_unreadable_memory_of_what_was_loaded_loads_everything(tmp_path):
 def test_versions_and_their_default_are_remembered_and_other_roles_left_alone(tmp_path):
     before = Registered({"a.unet": 1, "a.vae": 2, "b.unet": 1}, {"c.unet": "3.0"})
     stored = ["a.unet/1.0", "a.unet/2.0", "b.unet", "new.unet"]
-    now = before.updated({"a.unet/1.0": 1, "a.unet/2.0": 3}, {"a.unet": "2.0"}, stored)
+    now = before.updated({"a.unet": 1, "a.unet/2.0": 3}, {"a.unet": "2.0"}, stored)
     workers = {"a.unet": 1, "a.unet/2.0": 3, "b.unet": 0, "new.unet": 0, "a.vae": 2}
     assert now == Registered(workers, {"a.unet": "2.0", "c.unet": "3.0"})
     now.write(tmp_path)
