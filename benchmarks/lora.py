@@ -55,7 +55,7 @@ class Subject:
         """Overlays that hold none yet, their LoRA files parsed."""
         targets = unet_targets(self.unet.names)
         shapes = {name: parameter.shape for name, parameter in self.unet.model.named_parameters()}
-        overlays = Overlays(self.unet.model, LoraFiles((self.folder,), targets, shapes, ENOUGH), targets.seeds, ENOUGH)
+        overlays = Overlays(self.unet.model, LoraFiles((self.folder,), targets, shapes, ENOUGH), ENOUGH)
         overlays.fit([overlays.stack([LoraUse(name=name)]) for name in ("a", "b")])
         return overlays
 

@@ -113,7 +113,7 @@ def stacks(file: Path, folder: Path, repeats: int) -> Costs:
     unet = UNet.load(file, detect(read_header(file)).parts["unet"], torch.float32, torch.device("cpu"))
     targets = unet_targets(unet.names)
     shapes = {name: parameter.shape for name, parameter in unet.model.named_parameters()}
-    overlays = Overlays(unet.model, LoraFiles((folder,), targets, shapes, 1 << 40), targets.seeds, 1 << 40)
+    overlays = Overlays(unet.model, LoraFiles((folder,), targets, shapes, 1 << 40), 1 << 40)
     inputs = torch.randn(2, 4, 16, 16), torch.full((2,), 500.0), torch.randn(2, 77, 64)
     every = [overlays.stack([LoraUse(name="lora", strength_patch=1 + n / 100)]) for n in range(32)]
 

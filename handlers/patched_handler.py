@@ -40,7 +40,7 @@ class PatchedHandler(RoleHandler):
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         files = LoraFiles(self.settings.roots.loras, targets, shapes, self.settings.lora_cache_mb << 20)
         overlay_mb = self.settings.lora_overlay_mb
-        self.overlays = Overlays(model, files, targets.seeds, None if overlay_mb is None else overlay_mb << 20)
+        self.overlays = Overlays(model, files, None if overlay_mb is None else overlay_mb << 20)
 
     def missing(self, item: Item[Patched]) -> list[str]:
         uploads = _uploads(item.tensors)

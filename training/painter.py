@@ -29,7 +29,7 @@ class Miniature(Painter):
         targets = unet_targets(self.unet.names)
         weights = {name: weight.shape for name, weight in self.unet.model.named_parameters()}
         files = LoraFiles((loras,), targets, weights, capacity=LORA_BYTES)
-        self.overlays = Overlays(self.unet.model, files, targets.seeds, budget=LORA_BYTES)
+        self.overlays = Overlays(self.unet.model, files, budget=LORA_BYTES)
 
     def pictures(
         self,

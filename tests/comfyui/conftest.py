@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from comfy_client.server import Server
 from serving.archives import pack_checkpoint, pack_repository
@@ -28,6 +30,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fp16 = checkpoints.DTYPES["fp16"]
     for shape in ("sd15", "sd15_inpaint", "sd15_wide", "sdxl"):
         checkpoints.write(folder / "checkpoints" / f"{shape}.safetensors", shape, fp16)
+    wide = load_file(folder / "checkpoints" / "sd15.safetensors")
+    float8 = {name: each.to(torch.float8_e4m3fn) if each.is_floating_point() else each for name, each in wide.items()}
+    save_file(float8, folder / "checkpoints" / "sd15_float8.safetensors")
     checkpoints.write_lora(folder / "loras" / "a.safetensors", "sd15", seed=2)
     checkpoints.write_lora(folder / "loras" / "b.safetensors", "sd15", rank=8, alpha=None, seed=5)
     checkpoints.write_lora(folder / "loras" / "xl.safetensors", "sdxl", seed=7)

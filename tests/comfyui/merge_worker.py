@@ -19,7 +19,6 @@ comfy.options.enable_args_parsing()
 
 import comfy.float  # noqa: E402
 import comfy.lora  # noqa: E402
-import comfy.model_patcher  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -36,7 +35,6 @@ for lora in sorted(folder.glob("*.lora")):
         for strength, strength_model in strengths:
             patch = (strength, patches[target], strength_model, None, None)
             out = comfy.lora.calculate_weight([patch], weight.to(torch.float32, copy=True), target)
-            seed = comfy.model_patcher.string_to_seed(target)
-            out = comfy.float.stochastic_rounding(out, weight.dtype, seed=seed)
+            out = comfy.float.stochastic_rounding(out, weight.dtype)
             merged[f"{lora.stem}|{key}|{strength}|{strength_model}"] = out.contiguous()
 save_file(merged, folder / "merged.safetensors")

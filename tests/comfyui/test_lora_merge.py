@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ SHAPES = {
     "pointwise": torch.Size([32, 64, 1, 1]),
     "conv": torch.Size([32, 16, 3, 3]),
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STRENGTHS = [(1.0, 1.0), (0.7, 1.0), (-1.3, 0.9)]
 # ComfyUI 0.3.64 logs an error and leaves the weight as it is, because torch.kron refuses a permuted factor.
 FAILS_THERE = "lokr tucker"
@@ -55,7 +54,7 @@ def _file(form):
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != FAILS_THERE])
 def test_every_format_merges_as_in_comfyui(theirs, form):
     weights, merged = theirs
-    targets = Targets({f"lora_unet_{layer}": f"{layer}.weight" for layer in SHAPES}, {}, ())
+    targets = Targets({f"lora_unet_{layer}": f"{layer}.weight" for layer in SHAPES}, ())
     shapes = {f"{layer}.weight": shape for layer, shape in SHAPES.items()}
     shapes |= {f"{layer}.bias": shape[:1] for layer, shape in SHAPES.items()}
     tensors = _file(form)
@@ -67,7 +66,7 @@ def test_every_format_merges_as_in_comfyui(theirs, form):
             continue
         for strength, strength_model in STRENGTHS:
             scaled = Scaled(patches[target], strength, strength_model)
-            ours = merge(weight, [scaled], zlib.crc32(target.encode()))
+            ours = merge(weight, [scaled])
             expected = merged[f"{form}|{key}|{strength}|{strength_model}"]
             assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8)), (key, strength)
             compared += 1

@@ -94,6 +94,15 @@ def two_loras(g: Graph, load: Loader) -> None:
     g.save(sample(g, model, encode(g, clip), empty(g)), "plain")
 
 
+def float8(g: Graph, load: Loader) -> None:
+    model, clip, vae = load(g, "sd15_float8.safetensors")
+    g.save(sample(g, model, encode(g, clip), empty(g)), "plain")
+    lora = g("LoraLoader", model=model, clip=clip, lora_name="a.safetensors", strength_model=0.9, strength_clip=0.7)
+    latent = sample(g, lora[0], encode(g, lora[1]), empty(g))
+    g.save(latent, "lora")
+    save_picture(g, g("VAEDecode", samples=latent, vae=vae), "sd15_float8.safetensors", "picture")
+
+
 def lora_hooks(g: Graph, load: Loader) -> None:
     model, clip, _ = load(g, "sd15.safetensors")
     keyframes = g("CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
@@ -189,6 +198,7 @@ WORKFLOWS: tuple[Workflow, ...] = (
     image_to_image,
     inpaint,
     two_loras,
+    float8,
     lora_hooks,
     clip_skip,
     textual_inversion,

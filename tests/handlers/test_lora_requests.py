@@ -55,7 +55,7 @@ def local(home, roots):
 
 def _overlays(model, targets, roots):
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return Overlays(model, LoraFiles((roots,), targets, shapes, 1 << 30), targets.seeds, 1 << 40)
+    return Overlays(model, LoraFiles((roots,), targets, shapes, 1 << 30), 1 << 40)
 
 
 INPUTS = {

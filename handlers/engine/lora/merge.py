@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from handlers.engine.float8 import FLOAT8, round_to_float8
-
 
 @dataclass(frozen=True)
 class Patch:
@@ -46,13 +44,12 @@ class Scaled:
         return self.strength == 0 and self.strength_model == 1 and self.patch.kind != "set"
 
 
-def merge(weight: Tensor, patches: Sequence[Scaled], seed: int) -> Tensor:
+def merge(weight: Tensor, patches: Sequence[Scaled]) -> Tensor:
     """A new tensor: `weight` with all patches merged in, of its dtype, shape and device.
 
     Args:
-        weight: fp32, fp16, bf16 or float8; never written.
+        weight: fp32, fp16 or bf16; never written.
         patches: in the order in which they are added.
-        seed: of the stochastic rounding, which only float8 has.
 
     Raises:
         RuntimeError: a patch does not fit the weight (`fits` tells beforehand).
@@ -62,7 +59,7 @@ def merge(weight: Tensor, patches: Sequence[Scaled], seed: int) -> Tensor:
         if scaled.strength_model != 1:
             merged *= scaled.strength_model
         _add(merged, scaled.patch, scaled.strength)
-    return round_to_float8(merged, weight.dtype, seed) if weight.dtype in FLOAT8 else merged.to(weight.dtype)
+    return merged.to(weight.dtype)
 
 
 def fits(patch: Patch, shape: torch.Size) -> str:

@@ -17,12 +17,10 @@ class Targets:
     """The weights of one model that a LoRA can patch.
 
     parameters: {a module's or weight's name in a file: our parameter}. A weight's module stands for the weight.
-    seeds: {our parameter: the name ComfyUI seeds float8 rounding with}.
     elsewhere: starts of names that belong to the checkpoint's other parts.
     """
 
     parameters: dict[str, str]
-    seeds: dict[str, str]
     elsewhere: tuple[str, ...]
 
 
@@ -41,7 +39,7 @@ def unet_targets(names: Mapping[str, str]) -> Targets:
         processor = ours.replace(".to_", ".processor.to_").removesuffix(".0")
         for name in (ours, processor):
             table |= {f"{prefix}{name}": parameter for prefix in ("", "unet.", "base_model.model.")}
-    return Targets(table, {p: f"diffusion_model.{o}" for o, p in names.items()}, _TEXT_NAMES)
+    return Targets(table, _TEXT_NAMES)
 
 
 def text_targets(encoders: Mapping[str, Iterable[str]]) -> Targets:
@@ -50,7 +48,6 @@ def text_targets(encoders: Mapping[str, Iterable[str]]) -> Targets:
     Our parameters are named with the encoder before them: clip_l.encoder.layers.0.mlp.fc1.weight.
     """
     table: dict[str, str] = {}
-    seeds: dict[str, str] = {}
     for encoder, parameters in encoders.items():
         second = encoder == "clip_g" and "clip_l" in encoders
         kohya = ("lora_te2_",) if second else ("lora_te_", "lora_te1_")
@@ -58,11 +55,10 @@ def text_targets(encoders: Mapping[str, Iterable[str]]) -> Targets:
         for name in parameters:
             path = name if name.startswith("text_projection.") else f"text_model.{name}"
             comfy, ours = f"{encoder}.transformer.{path}", f"{encoder}.{name}"
-            seeds[ours] = comfy
             table[comfy.removesuffix(".weight")] = ours
             table[f"text_encoders.{comfy.removesuffix('.weight')}"] = ours
             if name.endswith(".weight"):
                 module = path.removesuffix(".weight")
                 table |= {prefix + module.replace(".", "_"): ours for prefix in kohya}
                 table[diffusers + module] = ours
-    return Targets(table, seeds, _UNET_NAMES)
+    return Targets(table, _UNET_NAMES)

@@ -5,7 +5,6 @@ the exchange of some references in the modules' `_parameters`.
 """
 
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,16 +85,14 @@ class Overlays:
     Args:
         model: its parameters are the base weights.
         files: where patches come from.
-        seeds: {parameter: name that float8 rounding is seeded with}.
         budget: bytes; None for `FREE_SHARE` of the device memory that is free or held by overlays, asked at each merge.
             The overlay last used stays even when it alone is larger.
     """
 
-    def __init__(self, model: nn.Module, files: LoraFiles, seeds: dict[str, str], budget: int | None = None):
+    def __init__(self, model: nn.Module, files: LoraFiles, budget: int | None = None):
         self.counters = Counters()
         self._model = model
         self._files = files
-        self._seeds = seeds
         self._fixed_budget = budget
         self._base = dict(model.named_parameters())
         self._places = {name: _place(model, name) for name in self._base}
@@ -185,8 +182,7 @@ class Overlays:
         weights: dict[str, torch.Tensor] = {}
         for uses in (stack.loras, stack.hooks):
             for name, patches in self._patches(uses).items():
-                seed = zlib.crc32(self._seeds[name].encode())
-                weights[name] = merge(weights.get(name, self._base[name]), patches, seed)
+                weights[name] = merge(weights.get(name, self._base[name]), patches)
         parameters = {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
         return Overlay(parameters, {}, self._matches(stack), sum(weight.nbytes for weight in weights.values()))
 

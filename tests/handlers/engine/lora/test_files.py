@@ -15,7 +15,7 @@ from tests.loras import file_of
 
 SHAPE = torch.Size([32, 64])
 LAYERS = {"lora_unet_a": SHAPE, "lora_unet_b": SHAPE}
-TARGETS = Targets({"lora_unet_a": "a.weight", "lora_unet_b": "b.weight"}, {}, ("lora_te",))
+TARGETS = Targets({"lora_unet_a": "a.weight", "lora_unet_b": "b.weight"}, ("lora_te",))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Overlays on a whole UNet: exact, transient, shared, bounded; and the side path beside them."""
 
 import threading
-import zlib
 from hashlib import blake2b
 
 import pytest
@@ -30,7 +29,7 @@ class Bench:
         shapes = {name: parameter.shape for name, parameter in unet.model.named_parameters()}
         self.unet = unet
         self.files = LoraFiles((root,), targets, shapes, files)
-        self.overlays = Overlays(unet.model, self.files, targets.seeds, budget)
+        self.overlays = Overlays(unet.model, self.files, budget)
 
     def stack(self, *names, hooks=()):
         return self.overlays.stack([use(name) for name in names], [use(name) for name in hooks])
@@ -54,7 +53,7 @@ class Bench:
                 for name, patch in self.files.get(each.source).patches.items():
                     touched.setdefault(name, []).append(Scaled(patch, each.strength, each.strength_model))
             for name, patches in touched.items():
-                state[name] = merge(state[name], patches, zlib.crc32(name.encode()))
+                state[name] = merge(state[name], patches)
         # Reparametrising the module leaves everything else, hooks included, as it is.
         wrapped = _Forward(self.unet)
         return torch.func.functional_call(wrapped, {f"model.{name}": w for name, w in state.items()}, inputs)
