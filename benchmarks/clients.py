@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 import psutil
@@ -28,59 +29,61 @@ CORES = os.cpu_count()
 
 
 class Client:
-    """A process that loads, then steps whenever it is told to."""
+    """A process that steps whenever it is told to, and loads what it needs for that the first time."""
 
-    def __init__(self, way: dict):
-        command = [sys.executable, "-m", "benchmarks.stepping_client", json.dumps(way)]
+    def __init__(self, way: dict, seed: int):
+        command = [sys.executable, "-m", "benchmarks.stepping_client", json.dumps(way | {"seed": seed})]
         self.process = psutil.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def go(self, threads: int, steps: int) -> None:
-        print(threads, steps, file=self.process.stdin, flush=True)
+    def go(self, way: str, threads: int, steps: int) -> None:
+        print(way, threads, steps, file=self.process.stdin, flush=True)
 
     def seconds(self) -> list[float]:
         return json.loads(self.process.stdout.readline())
 
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(30)
-
 
 def main() -> None:
     options = arguments(__doc__)
-    counts, shape, steps = ((8, 4, 1), MINIATURE, 5) if options.quick else ((8, 4, 2, 1), SD15, 6)
-    rows, throughput, memory = [], {}, {}
+    counts, shape, steps = ((1, 4, 8), MINIATURE, 5) if options.quick else ((1, 2, 4, 8), SD15, 6)
     with scratch_home() as home, ExitStack() as stack:
         file = checkpoints.write(home / "models" / "checkpoints" / "shared.safetensors", shape)
-        # A file of their own, or they would share the server's pages.
-        own = shutil.copy(file, home / "own.safetensors")
         archives = pack_checkpoint(file, home / "model_store", "shared", "fp32", home)
         [model] = [archive.model for archive in archives if archive.model.endswith(".unet")]
         os.environ["OMP_NUM_THREADS"] = str(CORES)
         torchserve, _ = stack.enter_context(serving(home, [model]))
         server = psutil.Process().children(recursive=True)
-        addresses = {"inference": torchserve.inference, "management": torchserve.management}
-        way = addresses | {"key_file": str(torchserve.key_file), "model": model, "context_dim": shape.unet.context}
-        served, local = (
-            [Client(way | {"seed": seed}) for seed in range(max(counts))] for way in (way, {"file": str(own)})
-        )
-        for client in (*served, *local):
-            stack.callback(client.end)
-            client.go(1, 1)  # loads, and runs once
-        for client in (*served, *local):
-            client.seconds()
-        # Downwards, and whoever is not needed any more ends: the memory that is left is that of those who are.
+        way = {
+            "inference": torchserve.inference,
+            "management": torchserve.management,
+            "key_file": str(torchserve.key_file),
+            "model": model,
+            "context_dim": shape.unet.context,
+            # A file of its own, or whoever loads it would share the server's pages.
+            "file": str(shutil.copy(file, home / "own.safetensors")),
+        }
+
+        clients: list[Client] = []
+        stack.callback(end, clients)
+        clients += [Client(way, 0)]
+        together(clients, "local", CORES, 1)
+        one_model = pss([clients[0].process])
+        end(clients)
+
+        memory = {}
         for count in counts:
-            for client in (*served[count:], *local[count:]):
-                client.end()
-            del served[count:], local[count:]
-            shared = together(served, 1, steps, server)
-            separate = together(local, max(1, CORES // count), steps, [])
+            clients += [Client(way, seed) for seed in range(len(clients), count)]
+            together(clients, "served", 1, 1)
+            memory[count] = pss(client.process for client in clients) + pss(server)
+
+        rows, throughput = [], {}
+        # Downwards, and whoever is not needed any more ends: pages are shared among those who are there.
+        for count in reversed(counts):
+            end(clients, but=count)
+            shared = stepping(clients, "served", 1, steps)
+            separate = stepping(clients, "local", max(1, CORES // count), steps)
             throughput[str(count)] = shared["pictures"] / separate["pictures"]
-            memory[str(count)] = shared["pss"]
-            for name, measured in (("separate", separate), ("one server", shared)):
-                figures = [measured[key] for key in ("pictures", "p50", "p99")]
-                rows.append([count, name, *figures, measured["pss"] / 1e6])
-        one_model = separate["pss"]
+            rows.append([count, "separate", *separate.values(), pss(client.process for client in clients) / 1e6])
+            rows.append([count, "one server", *shared.values(), memory[count] / 1e6])
     show(
         f"{'Miniature' if options.quick else 'SD1.5'} at {SIDE * 8} px, {CORES} cores",
         ["clients", "", "pictures a minute", "p50 step, ms", "p99 step, ms", "PSS of all, MB"],
@@ -89,26 +92,43 @@ def main() -> None:
     conclude(
         {
             "throughput_ratio": dict(reversed(throughput.items())),
-            "memory_over_one_model": {count: pss / one_model for count, pss in reversed(memory.items())},
+            "memory_over_one_model": {str(count): size / one_model for count, size in memory.items()},
         }
     )
 
 
-def together(clients: list[Client], threads: int, steps: int, others: list[psutil.Process]) -> dict[str, float]:
-    """Pictures a minute of all clients at once, their step times, and the memory of them and `others`."""
-    for count in (2, steps):  # the first steps of a batch's size make its kernels
-        begun = time.perf_counter()
-        for client in clients:
-            client.go(threads, count)
-        seconds = [each for client in clients for each in client.seconds()]
-        elapsed = time.perf_counter() - begun
-    processes = [client.process for client in clients] + others
+def stepping(clients: list[Client], way: str, threads: int, steps: int) -> dict[str, float]:
+    """Pictures a minute of all clients at once, and the median and the 99th percentile of their steps in ms."""
+    together(clients, way, threads, 2)  # the first steps of a batch's size make its kernels
+    begun = time.perf_counter()
+    seconds = together(clients, way, threads, steps)
+    elapsed = time.perf_counter() - begun
     return {
         "pictures": len(clients) * steps / PICTURE_STEPS / elapsed * 60,
         "p50": statistics.median(seconds) * 1e3,
         "p99": p99_ms(seconds),
-        "pss": sum(process.memory_full_info().pss for process in processes),
     }
+
+
+def together(clients: list[Client], way: str, threads: int, steps: int) -> list[float]:
+    """Have all clients step at once; the seconds of each step of each."""
+    for client in clients:
+        client.go(way, threads, steps)
+    return [each for client in clients for each in client.seconds()]
+
+
+def end(clients: list[Client], but: int = 0) -> None:
+    """End all clients but the first few."""
+    for client in clients[but:]:
+        client.process.stdin.close()
+    for client in clients[but:]:
+        client.process.wait(30)
+    del clients[but:]
+
+
+def pss(processes: Iterable[psutil.Process]) -> int:
+    """Bytes, each page divided among those who share it."""
+    return sum(process.memory_full_info().pss for process in processes)
 
 
 if __name__ == "__main__":
