@@ -1,12 +1,10 @@
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
 
-from comfy_client.faults import DefaultVersion, Unauthorized, Unreachable
+from comfy_client.faults import Unauthorized, Unreachable
 from comfy_client.manager import Timeouts
 from comfy_client.server import Server
 from comfy_client.transport import Transport
@@ -26,7 +23,6 @@ from luna_protocol import BLOB, shared_memory
 from luna_protocol.blob import content_hash, pack
 from luna_protocol.errors import Impossible, Internal, Malformed, NotFound, TooLarge, Unavailable
 from luna_protocol.messages import ClipText, UNetForward, UNetOutput, VaeDecode
-from luna_protocol.model_names import archive_name
 from serving.torchserve import ROOT, Ports, TorchServe
 from tests.conftest import connect
 
@@ -166,53 +162,6 @@ def test_a_model_without_workers_is_unavailable_and_comes_back(server: Server, t
     server.wait_ready([model], progress=lambda *state: seen.append(state))
     assert seen[-1] == (model, 1, 1)
     assert server.call(model, ClipText(texts=["x"]))[1]["hidden"].shape == (1, 77, 64)
-
-
-def pack_idle(archive: str | Path, store: Path, model: str, version: str) -> None:
-    """A copy of an archive as a version of another model, which starts no worker."""
-    with zipfile.ZipFile(archive) as packed:
-        content = {name: packed.read(name) for name in packed.namelist()}
-    manifest = json.loads(content["MAR-INF/MANIFEST.json"])
-    manifest["model"] |= {"modelName": model, "modelVersion": version}
-    config = yaml.safe_load(content["model-config.yaml"]) | {"minWorkers": 0, "maxWorkers": 0}
-    content |= {"MAR-INF/MANIFEST.json": json.dumps(manifest), "model-config.yaml": yaml.safe_dump(config)}
-    with zipfile.ZipFile(store / archive_name(f"{model}/{version}"), "w") as copy:
-        for name, data in content.items():
-            copy.writestr(name, data)
-
-
-def test_versions_are_registered_at_once_and_unloaded_in_any_order(torchserve: TorchServe, tmp_path: Path) -> None:
-    """A fresh TorchServe loses one of two that come together more often than not. It forgets no default version."""
-    (tmp_path / "store").mkdir()
-    repository = shutil.copy(torchserve.store / "repository.mar", tmp_path / "store")
-    models = [f"{letter}.unet" for letter in "abcdef"]
-    versions = [f"{model}/{version}" for model in models for version in ("1.0", "2.0")]
-    for version in versions:
-        pack_idle(repository, tmp_path / "store", *version.split("/"))
-    with TorchServe(tmp_path / "store", tmp_path / "run", Ports.free()) as fresh:
-        server = connect(fresh)
-        together = threading.Barrier(len(versions))
-
-        def register(version: str) -> bool:
-            together.wait()
-            return server.register(archive_name(version))
-
-        with ThreadPoolExecutor(len(versions)) as pool:
-            assert all(pool.map(register, versions))
-        assert [server.versions(model)[0] for model in models] == [["1.0", "2.0"]] * len(models)
-
-        server.register("repository.mar")
-        server.wait_ready(["repository"])
-        server.set_default("a.unet", "1.0")
-        server.scale("a.unet/1.0", 1)
-        with pytest.raises(DefaultVersion, match=r"a\.unet/1\.0 is the default .*set-default"):
-            server.unregister("a.unet/1.0")
-        server.unload("a.unet/1.0")
-        assert server.versions("a.unet") == (["1.0", "2.0"], "1.0")
-        assert server.describe("a.unet/1.0")["minWorkers"] == 0
-        server.unload("a.unet/2.0")
-        server.unload("a.unet")
-        assert "a.unet" not in server.models()
 
 
 @pytest.mark.slow
