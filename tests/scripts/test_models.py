@@ -77,8 +77,10 @@ def test_a_day_with_a_comfyui_next_to_it(tmp_path: Path) -> None:
         status, told = command("monitor", "--once", "--csv", str(tmp_path / "memory.csv"))
         assert status == 0 and "tiny.unet" in told and "per second" in told, told
         assert (tmp_path / "memory.csv").read_text().startswith("timestamp,elapsed_sec")
-        exposed = Metrics.read(f"http://127.0.0.1:{ports.inference + 2}").names()
-        assert set(DECLARED) <= exposed, exposed
+        deadline = time.monotonic() + 10  # workers tell them a second after the request
+        while not set(DECLARED) <= (exposed := Metrics.read(f"http://127.0.0.1:{ports.inference + 2}").names()):
+            assert time.monotonic() < deadline, exposed
+            time.sleep(0.2)
         assert command("models", "unload", "tiny.unet")[0] == 0
         status, told = command("models", "load", "nothing.unet")
         assert status == 1 and "the store has no 'nothing.unet'" in told
