@@ -2,7 +2,8 @@
 that each load the model, on the same cores.
 
 Random weights in fp32, cond and uncond of 128 x 128 px pictures: a miniature with --quick, else a full-width SD1.5
-UNet. The server's worker may use every core; the separate processes share them out.
+UNet. The server's worker may use every core; the separate processes share them out. They are the clients themselves,
+which then load the model too.
 """
 
 import json
@@ -64,7 +65,7 @@ def main() -> None:
 
         clients: list[Client] = []
         stack.callback(end, clients)
-        clients += [Client(way, 0)]
+        clients.append(Client(way, 0))
         together(clients, "local", CORES, 1)
         one_model = pss([clients[0].process])
         end(clients)

@@ -207,15 +207,15 @@ class Manager:
                 time.sleep(_POLL_SECONDS)
 
     def _is_used(self, model: str) -> bool:
-        return self.pending(with_version(model)) > 0 or any(worker.busy for worker in self._workers(model))
+        return self.pending(model) > 0 or any(worker.busy for worker in self._workers(model))
 
     def _workers(self, model: str) -> list[Worker]:
         named = with_version(model)
         return next((each.workers for each in self.index().models if with_version(each.name) == named), [])
 
     def pending(self, model: str) -> int:
-        """How many requests wait for a worker of this model."""
-        return self.describe(model)["jobQueueStatus"]["pendingRequests"]
+        """How many requests wait for a worker of this model of the store."""
+        return self.describe(with_version(model))["jobQueueStatus"]["pendingRequests"]
 
     def _ready(self, model: str) -> tuple[int, int]:
         description = self.describe(model)

@@ -28,7 +28,7 @@ from luna_protocol.messages import (
     ServedModel,
     Worker,
 )
-from luna_protocol.model_names import FIRST_VERSION, archive_name, without_first
+from luna_protocol.model_names import archive_name, with_version, without_first
 
 _MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
@@ -97,9 +97,9 @@ def _holds_parts(path: Path, _size: int, _modified: int) -> bool:
 
 def _shown(stem: str, archives: Mapping[str, HandlerSettings]) -> str:
     """A model's name as clients may use it: with its version once there are several, as any may be the default."""
-    name, _, version = stem.partition("@")
+    name = stem.partition("@")[0]
     several = any(other.startswith(f"{name}@") for other in archives)
-    return f"{name}/{version or FIRST_VERSION}" if several else name
+    return with_version(stem.replace("@", "/")) if several else name
 
 
 def _settings(archive: Path) -> HandlerSettings | None:

@@ -26,7 +26,7 @@ from handlers.engine.memory_budget import device_key, gigabytes
 from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Worker, validate
-from luna_protocol.model_names import with_version, without_first
+from luna_protocol.model_names import without_first
 from luna_protocol.save_job import QueueReport, QueueStatus
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ class Keeper:
 
     def remember(self) -> None:
         """Write down what is registered, for the next start."""
-        self._write_down(self._registered())
+        stored = self._stored()
+        self._write_down(self._registered(), stored)
 
     def make_room(self) -> None:
         """Unload what is idle, for each worker that waits and can be helped."""
@@ -131,13 +132,13 @@ class Keeper:
     def drain(self, wanted: dict[str, int]) -> None:
         """Answer those who wait for a model that has no workers any more."""
         for model, count in wanted.items():
-            if not count and self.server.pending(with_version(model)):
+            if not count and self.server.pending(model):
                 log.warning("%s was scaled to 0 while requests waited: a worker answers them", model)
                 self.server.scale(model, 1)
                 self._draining.add(model)
         workers = live_workers(self.run)
         for model in self._draining & workers.keys():
-            if _is_idle(model, workers) and not self.server.pending(with_version(model)):
+            if _is_idle(model, workers) and not self.server.pending(model):
                 self.server.scale(model, 0)
                 self._draining.remove(model)
 
@@ -151,12 +152,16 @@ class Keeper:
 
     def _look_after(self) -> None:
         # Asked for once: TorchServe runs nvidia-smi for every description.
+        stored = self._stored()
         now = self._registered()
-        self._guarded(lambda: self._write_down(now))
+        self._guarded(lambda: self._write_down(now, stored))
         self.drain(now.workers)
 
-    def _write_down(self, now: Registered) -> None:
-        stored = (model.name for model in self.server.index().models)
+    def _stored(self) -> list[str]:
+        # Before what is registered: what comes to the store in between is new, and not unloaded.
+        return [model.name for model in self.server.index().models]
+
+    def _write_down(self, now: Registered, stored: list[str]) -> None:
         known = Registered.read(self.run)
         known.updated(now.workers, now.default_versions, filter(self.serves, stored)).write(self.run)
 

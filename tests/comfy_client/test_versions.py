@@ -30,7 +30,7 @@ def pack_idle(archive: str | Path, store: Path, model: str, version: str) -> Non
 
 
 def test_versions_are_registered_at_once_and_unloaded_in_any_order(torchserve: TorchServe, tmp_path: Path) -> None:
-    """A fresh TorchServe loses one of two that come together more often than not. It forgets no default version."""
+    """A fresh TorchServe loses one of two that come together about every other time. It forgets no default version."""
     (tmp_path / "store").mkdir()
     repository = shutil.copy(torchserve.store / "repository.mar", tmp_path / "store")
     models = [f"{letter}.unet" for letter in "abcdef"]
