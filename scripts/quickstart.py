@@ -139,7 +139,7 @@ def main() -> int:
         with watch.time("loading"):
             load(server, [archive.model for archive in archives], console)
         console.print(overview(server.index()))
-        path = make_picture(server, arguments.checkpoint.stem, arguments.prompt, arguments.size, watch)
+        path = make_picture(server, archives[0].model.rpartition(".")[0], arguments.prompt, arguments.size, watch)
         console.print(f"{arguments.prompt!r}: {path}", soft_wrap=True)
         if arguments.stay:
             console.print(watch.table())

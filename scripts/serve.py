@@ -98,15 +98,16 @@ def main() -> int:
         # What cannot be read is told here, once, and not by every worker.
         Roots.from_environment(ROOT)
         Budgets.from_environment()
-        pack_repository(arguments.store)
-        archives = {archive.model: archive for archive in refresh(arguments.store)}
-        registered = Registered.read(arguments.run)
-        wanted = restored([model for model in archives if of_role(model, arguments.only)], registered.workers)
-        # Of a file, the UNet is the most.
-        read_ahead(filter(None, (archives[model].checkpoint for model in wanted if of_role(model, "unet"))))
-        (arguments.run / KEEPER).unlink(missing_ok=True)
         ports = Ports.from_first(arguments.port)
         with TorchServe(arguments.store, arguments.run, ports, **exposed(arguments, ports)) as torchserve:
+            # What follows changes things, and only here is it sure that no other server runs in the folder.
+            (arguments.run / KEEPER).unlink(missing_ok=True)
+            pack_repository(arguments.store)
+            archives = {archive.model: archive for archive in refresh(arguments.store)}
+            registered = Registered.read(arguments.run)
+            wanted = restored([model for model in archives if of_role(model, arguments.only)], registered.workers)
+            # Of a file, the UNet is the most.
+            read_ahead(filter(None, (archives[model].checkpoint for model in wanted if of_role(model, "unet"))))
             server = Manager(torchserve.inference, torchserve.management, torchserve.key_file)
             load(server, wanted, console, workers=wanted)
             for model, version in registered.default_versions.items():

