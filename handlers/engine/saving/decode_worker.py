@@ -2,8 +2,8 @@
 
     claim -> decode (one thread, the device) -> encode and write (threads, the CPU) -> stage -> put in place -> finish
 
-The next job is decoded while the former is encoded and written. A job belongs to the worker that claimed it, and goes
-to another when that one dies (job_owner.py) or its lease ends.
+The next job is decoded while the former is encoded and written. A job belongs to the worker that claimed it, which
+renews its lease however long the job takes, and goes to another when that worker dies (job_owner.py) or stands still.
 
 Where a kill can hit, and what the next worker finds:
   before `submit` commits      nothing; the client was not told anything and sends the job again
@@ -11,7 +11,6 @@ Where a kill can hit, and what the next worker finds:
   until `finish` commits       complete temporary files, some under their final names by now: the rest is put in place
 """
 
-import errno
 import logging
 import os
 import threading
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Row
 from torch import Tensor
 
 from handlers.engine.saving.database import tidy
@@ -27,6 +26,7 @@ from handlers.engine.saving.decode_queue import DecodeQueue
 from handlers.engine.saving.job_owner import Owner
 from handlers.engine.saving.job_store import Claim, LostClaim
 from handlers.engine.saving.job_work import Decoded, JobWork, Observe
+from handlers.engine.saving.machine_faults import is_of_the_machine
 from handlers.engine.saving.picture_records import PictureRecords
 from handlers.engine.saving.watcher import Watcher
 from luna_pictures.metadata import plain
@@ -66,34 +66,43 @@ class DecodeWorker:
         self._model = model
         self._observe = _harmless(observe)
         self._owner = Owner(queue.owners)
-        self._mine: set[int] = set()
-        self._stopping = threading.Event()
+        self._mine: set[Claim] = set()
+        self._claiming = threading.Lock()
+        self._stopping, self._stopped = threading.Event(), threading.Event()
         self._free_writers = threading.Semaphore(writers)
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="write")
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="encode")
         self._work = JobWork(queue.store, queue.output, decode, self._encoders, records, watcher, self._observe)
-        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
-        self._tended = self._purged = -_PURGE
+        self._decoding = threading.Thread(target=self._run, name="decode", daemon=True)
+        # Of its own: a decode may take longer than a lease.
+        self._tending = threading.Thread(target=self._tend_always, name="tend", daemon=True)
+        self._renewed = self._purged = -_PURGE
         self._untidy = False
 
     def start(self) -> None:
-        self._thread.start()
+        self._tending.start()
+        self._decoding.start()
 
     def stop(self) -> None:
         """Ends after the jobs at hand; waiting ones stay in the spool."""
         self._stopping.set()
         self._queue.submitted.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._decoding.is_alive():
+            self._decoding.join()
         self._writers.shutdown()
         self._encoders.shutdown()
+        self._stopped.set()
+        if self._tending.is_alive():
+            self._tending.join()
         self._owner.release()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                self._tend()
-                claim = self._store.claim(self._owner.id, self._model)
+                with self._claiming:
+                    claim = self._store.claim(self._owner.id, self._model)
+                    if claim is not None:
+                        self._mine.add(claim)
                 self._rest() if claim is None else self._begin(claim)
             except Exception:
                 log.exception("the decode queue stumbled, and goes on")
@@ -101,7 +110,6 @@ class DecodeWorker:
 
     def _begin(self, claim: Claim) -> None:
         """Decodes, and leaves the rest to a writer."""
-        self._mine.add(claim.number)
         decoded = None
         try:
             if not claim.staged:
@@ -123,7 +131,7 @@ class DecodeWorker:
         except Exception as error:
             self._fail(claim, error)
         else:
-            self._mine.discard(claim.number)
+            self._mine.discard(claim)
         finally:
             self._untidy = True
             self._free_writers.release()
@@ -135,7 +143,7 @@ class DecodeWorker:
             # `_tend` finds it: a job that is this worker's and that it does not work on.
             log.exception("the failure of job %s could not be written down", claim.job_id)
         finally:
-            self._mine.discard(claim.number)
+            self._mine.discard(claim)
 
     def _tell_failure(self, claim: Claim, error: Exception) -> None:
         if isinstance(error, LostClaim):
@@ -144,30 +152,50 @@ class DecodeWorker:
         log.warning("job %s failed", claim.job_id, exc_info=error)
         reason = str(error) if isinstance(error, LunaError) else f"{type(error).__name__}: {error}"
         forever = isinstance(error, Malformed | Impossible | TooLarge)
-        self._store.fail(claim, plain(reason), forever=forever, counts=not _is_of_the_machine(error))
+        self._store.fail(claim, plain(reason), forever=forever, counts=not is_of_the_machine(error))
+
+    def _tend_always(self) -> None:
+        while True:
+            try:
+                self._tend()
+            except Exception:
+                log.exception("the decode queue's jobs were not looked after this time")
+            if self._stopped.wait(min(_TEND, self._store.limits.lease / 4)):
+                return
 
     def _tend(self) -> None:
-        """Takes jobs over whose workers are gone, and forgets old ones."""
+        """Keeps this worker's jobs, takes over those whose workers are gone, and forgets old ones."""
         now = time.monotonic()
-        if now < self._tended + _TEND:
-            return
-        self._tended = now
         # Before the jobs are read: whoever is dead by now claims no more of them.
-        mine, dead = set(self._mine), self._owner.dead()
-        held = self._store.held()
+        dead = self._owner.dead()
+        with self._claiming:
+            mine = set(self._mine)
+            if mine and now > self._renewed + self._store.limits.lease / 4:
+                self._store.renew(mine)
+                self._renewed = now
+            held = self._store.held()
+        working = {(claim.number, claim.claim) for claim in mine}
         for row in held:
             if row.owner == self._owner.id:
-                gone = row.number not in mine
+                gone = (row.number, row.claim) not in working
             else:
                 gone = row.owner in dead or row.lease_until < time.time()
             if gone:
-                if not row.staged:
-                    self._work.remove_parts(row.number, row.job_id, row.claim)
-                self._store.take_from_dead(row)
+                self._take_over(row)
         self._owner.forget(dead - {row.owner for row in held})
         if now > self._purged + _PURGE:
             self._purged = now
             self._store.purge(("done", "cancelled"), self._store.limits.keep)
+
+    def _take_over(self, row: Row) -> None:
+        try:
+            if not row.staged:
+                self._work.remove_parts(row.number, row.job_id, row.claim)
+        except OSError as error:
+            # One folder's trouble must not hold up the jobs of others.
+            log.warning("job %s stays with its dead worker for now: %s", row.job_id, error)
+        else:
+            self._store.take_from_dead(row)
 
     def _rest(self) -> None:
         if self._untidy and not self._mine:
@@ -187,9 +215,3 @@ def _harmless(observe: Observe) -> Observe:
             log.exception("%s of %.3f s was not observed", name, seconds)
 
     return observed
-
-
-def _is_of_the_machine(error: Exception) -> bool:
-    """Disk full, database gone: no fault of the job, which waits as long as it takes."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or isinstance(error, DBAPIError)

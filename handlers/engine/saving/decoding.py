@@ -18,19 +18,31 @@ def decode_pictures(vae: VAE, latent: Tensor, whole_pixels: int) -> Tensor:
     """Images [B, H, W, 3] float32 in 0..1 on the CPU, as ComfyUI's VAE Decode gives them, of latent [B, C, h, w].
 
     A picture of more than `whole_pixels` is decoded in tiles, and so is one for which the device has no memory.
+
+    Raises:
+        OutOfMemoryError: nor has it for tiles.
     """
-    return torch.cat([_picture(vae, row, whole_pixels) for row in latent.to(vae.device, vae.dtype).split(1)])
+    rows, _, height, width = latent.shape
+    images = torch.empty(rows, height * SCALE, width * SCALE, 3)
+    for image, row in zip(images, latent.to(vae.device, vae.dtype).split(1), strict=True):
+        image.copy_(_picture(vae, row, whole_pixels)[0])
+    return images
 
 
 def _picture(vae: VAE, row: Tensor, whole_pixels: int) -> Tensor:
     pixels = row.shape[2] * row.shape[3] * SCALE * SCALE
-    tiling = TILES if pixels > whole_pixels else None
-    try:
-        decoded = vae.decode(row, tiling)
-    except torch.OutOfMemoryError:
-        if tiling:
-            raise
-        log.warning("no memory for %d pixels at once: decoding in tiles", pixels)
-        torch.cuda.empty_cache()
+    decoded = _whole(vae, row) if pixels <= whole_pixels else None
+    if decoded is None:
         decoded = vae.decode(row, TILES)
     return ((decoded.float().cpu() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def _whole(vae: VAE, row: Tensor) -> Tensor | None:
+    """The row decoded at once; None where the device has no memory for that."""
+    try:
+        return vae.decode(row)
+    except torch.OutOfMemoryError:
+        log.warning("no memory for %s at once: decoding in tiles", tuple(row.shape))
+    # Here the error is gone, and with it what it held of the decode.
+    torch.cuda.empty_cache()
+    return None

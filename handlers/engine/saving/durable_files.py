@@ -1,8 +1,16 @@
 """Files that are complete under their final name or not there at all, whatever is killed or unplugged in between."""
 
+import errno
 import hashlib
+import logging
 import os
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+# How SMB, FUSE and WSL say that their folders cannot be synced. A disk that fails fails at the file's own sync too.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EIO, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+_without_sync: set[int] = set()  # numbers of devices
 
 
 def write_part(part: Path, content: bytes | memoryview) -> str:
@@ -34,7 +42,7 @@ def put_in_place(part: Path, final: Path, sha256: str) -> None:
     if not part.exists():
         if holds(final, sha256):
             return
-        raise FileNotFoundError(f"neither {part} nor {final} holds what was written")
+        raise FileNotFoundError(errno.ENOENT, f"neither {part} nor {final} holds what was written")
     try:
         os.link(part, final)
     except FileExistsError:
@@ -64,11 +72,19 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the disk holds `folder`'s entries. Windows cannot and need not: NTFS logs them."""
+    """Waits until the disk holds `folder`'s entries. Windows cannot and need not: NTFS logs them. A file system that
+    does not offer it may forget a file's name when the power fails, which the log says once."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        device = os.fstat(handle).st_dev
+        if device not in _without_sync:
+            _without_sync.add(device)
+            log.warning("the file system of %s does not sync folders: %s", folder, error)
     finally:
         os.close(handle)

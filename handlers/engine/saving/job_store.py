@@ -48,9 +48,9 @@ class Limits:
     Args:
         jobs, bytes: of waiting jobs and of their tensors; more are refused with `Unavailable`.
         job_bytes: of one job.
-        attempts: failures, or deaths of the worker, after which a job is dead.
+        attempts: failures of the job's own, or deaths of the worker, after which a job is dead.
         backoff, backoff_cap: seconds before the second try, doubled for each further one up to the cap.
-        lease: seconds after which another worker takes a job over although its owner seems alive.
+        lease: seconds without a sign of life from its worker after which another one takes a job over.
         keep: seconds for which finished jobs are remembered, so that one sent again is not done again.
     """
 
@@ -60,7 +60,7 @@ class Limits:
     attempts: int = 5
     backoff: float = 1.0
     backoff_cap: float = 60.0
-    lease: float = 600.0
+    lease: float = 120.0
     keep: float = 7 * 86_400.0
 
 
@@ -308,21 +308,29 @@ class JobStore:
 
     def fail(self, claim: Claim, reason: str, *, forever: bool = False, counts: bool = True) -> None:
         """Puts the job back for a later try, or among the dead when it fails `forever` or was tried often enough; a
-        staged job never dies. A failure that does not count (disk full) leaves the number of attempts as it was, and
-        the next one waits ten times `Limits.backoff`."""
+        staged job never dies. A failure that does not count (disk full) leaves the number of attempts as it was."""
         with self._held(claim) as db:
             staged = db.scalar(select(JOBS.c.staged).where(JOBS.c.number == claim.number))
             dead = not staged and (forever or (counts and claim.attempts >= self.limits.attempts))
+            attempts = claim.attempts if counts else claim.attempts - 1
+            # Claims that did not count are failures in a row of the machine.
+            in_a_row = attempts if counts else claim.claim - attempts
             self._set(
                 db,
                 claim,
                 state="dead" if dead else "queued",
                 owner=None,
                 reason=reason,
-                attempts=claim.attempts if counts else claim.attempts - 1,
-                not_before=time.time() + (self._backoff(claim.attempts) if counts else 10 * self.limits.backoff),
+                attempts=attempts,
+                not_before=time.time() + self._backoff(in_a_row),
                 finished=time.time() if dead else None,
             )
+
+    def renew(self, claims: Iterable[Claim]) -> None:
+        """Signs of life for jobs that their worker still works on."""
+        with self._engine.begin() as db:
+            for claim in claims:
+                db.execute(update(JOBS).where(_still(claim)).values(lease_until=time.time() + self.limits.lease))
 
     def held(self) -> list[Row]:
         """Jobs that some worker has, or had when they were cancelled."""
@@ -401,21 +409,21 @@ class JobStore:
     @contextmanager
     def _held(self, claim: Claim) -> Iterator[Connection]:
         """A transaction during which nobody else can take the job."""
-        still = and_(
-            JOBS.c.number == claim.number,
-            JOBS.c.owner == claim.owner,
-            JOBS.c.claim == claim.claim,
-            JOBS.c.state == "running",
-        )
         with self._engine.begin() as db:
             lease = time.time() + self.limits.lease
-            if not db.execute(update(JOBS).where(still).values(lease_until=lease)).rowcount:
+            if not db.execute(update(JOBS).where(_still(claim)).values(lease_until=lease)).rowcount:
                 raise LostClaim(claim.job_id)
             yield db
 
     @staticmethod
     def _set(db: Connection, claim: Claim, **values: object) -> None:
         db.execute(update(JOBS).where(JOBS.c.number == claim.number).values(**values))
+
+
+def _still(claim: Claim) -> ColumnElement[bool]:
+    """Whether the job is the claim's: neither cancelled nor taken over."""
+    mine = and_(JOBS.c.number == claim.number, JOBS.c.owner == claim.owner, JOBS.c.claim == claim.claim)
+    return and_(mine, JOBS.c.state == "running")
 
 
 def _is(claim: Claim, position: int) -> ColumnElement[bool]:

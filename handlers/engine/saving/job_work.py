@@ -28,10 +28,6 @@ from luna_protocol.save_job import PictureGroup, SaveJob
 Observe = Callable[[str, float], None]
 
 
-class FileVanished(Exception):
-    """A complete file was removed before it got its name; the job is done again."""
-
-
 @dataclass
 class Decoded:
     """A job's pictures in memory: arrays [H, W, 3 or 4], floating 0..1 or uint8, in the order of its file rows."""
@@ -92,6 +88,9 @@ class JobWork:
             LostClaim, OSError: nothing of it is left on disk.
         """
         begun = time.monotonic()
+        if claim.claim > 1:
+            # A disk that failed may not have let the claim before remove its own.
+            self.remove_parts(claim.number, claim.job_id, claim.claim - 1)
         files = self._store.files(claim.number)
         heatmaps = [files.pop()] if decoded.heatmaps else []
         tasks = [
@@ -117,17 +116,17 @@ class JobWork:
             seconds: for `JobStore.finish`.
 
         Raises:
-            FileVanished: and then the job is to be done again.
+            FileNotFoundError: a complete file was removed before it got its name; the job is to be done again.
         """
         job = job or self._load(claim)[0]
         files = self._store.files(claim.number)
         try:
             for file in files:
                 self._put_in_place(claim, file)
-        except FileNotFoundError as error:
+        except FileNotFoundError:
             self._take_back(files)
             self._store.unstage(claim)
-            raise FileVanished(str(error)) from error
+            raise
         recorded = job.save_mode == "database_store"
         if recorded:
             self._record(claim, job)

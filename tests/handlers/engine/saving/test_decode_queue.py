@@ -360,9 +360,23 @@ def test_two_workers_share_one_spool(make_queue, output):
     assert len(files_under(output)) == 40
 
 
-def test_a_job_whose_lease_ended_is_taken_over_and_done_once(make_queue, output):
+def test_a_decode_longer_than_the_lease_is_not_started_again(make_queue, output):
+    gate = Gate()
+    slow, _ = make_queue(gate, limits=Limits(lease=0.4))
+    slow.submit(job := a_job("png"), latents(job))
+    gate.entered.wait(30)
+    other, _ = make_queue(gate, limits=Limits(lease=0.4))
+    time.sleep(1.2)
+    assert wait_for(other, job, "queued", "running").attempts == 1
+    gate.open.set()
+    check_complete(output, wait_for(slow, job))
+    assert len(gate.order) == 1
+
+
+def test_a_job_whose_worker_stands_still_is_taken_over_and_done_once(make_queue, output, monkeypatch):
     gate = Gate()
     stuck, stuck_worker = make_queue(gate, limits=Limits(lease=0.3))
+    monkeypatch.setattr(stuck.store, "renew", lambda claims: None)
     stuck.submit(job := a_job("png", "webp"), latents(job))
     gate.entered.wait(30)
     healthy, _ = make_queue(limits=Limits(lease=600))
@@ -432,7 +446,8 @@ def test_figures_and_status(make_queue):
     assert [status.job_id for status in report.jobs] == [second.job_id, job.job_id]
     assert report.jobs[0].position == 0
     gate.open.set()
-    wait_for(queue, second)
+    for each in (job, second):
+        wait_for(queue, each)
     report = queue.report(QueueStatus(client="me", thumbnails=True))
     assert [status.job_id for status in report.jobs] == [job.job_id]
     assert report.jobs[0].files[0].thumbnail.startswith("/9j/"), "a JPEG in base64"

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,37 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_part(tmp_path / "x.part", CONTENT)
     assert list(tmp_path.iterdir()) == []
+
+
+def unsynced(folder_error: int | None, file_error: int | None):
+    """An `os.fsync` that fails so for folders and for files."""
+
+    def fsync(handle: int) -> None:
+        code = folder_error if stat.S_ISDIR(os.fstat(handle).st_mode) else file_error
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+
+    return fsync
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot and need not sync folders")
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_share_that_cannot_sync_folders_takes_pictures_and_is_logged_once(tmp_path, monkeypatch, caplog, code):
+    monkeypatch.setattr(os, "fsync", unsynced(folder_error=code, file_error=None))
+    monkeypatch.setattr(durable_files, "_without_sync", set())
+    for name in ("a", "b"):
+        write_part(tmp_path / name / ".x.part", CONTENT)
+        put_in_place(tmp_path / name / ".x.part", tmp_path / name / "x.png", SHA256)
+        assert (tmp_path / name / "x.png").read_bytes() == CONTENT
+    assert len(caplog.records) == 1 and "does not sync folders" in caplog.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot and need not sync folders")
+def test_other_failures_of_a_folders_sync_and_all_of_a_files_are_failures(tmp_path, monkeypatch):
+    for errors in ({"folder_error": errno.ENOSPC, "file_error": None}, {"folder_error": None, "file_error": errno.EIO}):
+        monkeypatch.setattr(os, "fsync", unsynced(**errors))
+        with pytest.raises(OSError):
+            write_part(tmp_path / ".x.part", CONTENT)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot and need not sync folders")
