@@ -29,7 +29,7 @@ def test_a_folder_is_one_process_s_until_it_lets_go(tmp_path) -> None:
 
 
 def test_what_a_killed_process_took_is_free(tmp_path) -> None:
-    code = f"import os; from serving.run_folder import RunFolder; from pathlib import Path; "
+    code = "import os; from serving.run_folder import RunFolder; from pathlib import Path; "
     code += f"RunFolder(Path({str(tmp_path)!r})).take(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 9
     RunFolder(tmp_path).take()
