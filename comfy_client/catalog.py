@@ -1,14 +1,13 @@
 """What the nodes offer for choice: the server's checkpoints and LoRAs, by their file names."""
 
-import re
 import time
 
 from comfy_client.server import Server
 from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.messages import Index, ServedModel
+from luna_protocol.model_names import first_replica
 
 _FRESH_SECONDS = 2.0
-_REPLICA = re.compile(r"(\.(?:unet|clip|vae))\.\d+(?=/|$)")
 
 
 class Catalog:
@@ -41,7 +40,7 @@ def find(index: Index, role: str, checkpoint: str) -> ServedModel:
         NotFound: the store has no archive for it.
     """
     for model in index.models:
-        if model.role == role and model.checkpoint == checkpoint and not _REPLICA.search(model.name):
+        if model.role == role and model.checkpoint == checkpoint and first_replica(model.name) == model.name:
             return model
     known = ", ".join(checkpoints(index, role)) or "none"
     raise NotFound(
@@ -51,7 +50,7 @@ def find(index: Index, role: str, checkpoint: str) -> ServedModel:
 
 def replicas(index: Index, model: ServedModel) -> list[ServedModel]:
     """The model and its further replicas: NAME.unet, NAME.unet.1, NAME.unet.2 ..."""
-    return [other for other in index.models if _REPLICA.sub(r"\1", other.name) == model.name]
+    return [other for other in index.models if first_replica(other.name) == model.name]
 
 
 def match_lora(wanted: str, known: list[str]) -> str | None:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from handlers.engine.checkpoints import detect, part_shapes, read_header
-from handlers.engine.roots import Roots, find
+from handlers.engine.roots import Roots, find, names_below
 from handlers.engine.weights import read_scalars
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
@@ -52,11 +52,12 @@ class RepositoryHandler(RoleHandler):
         found = {path.stem: _settings(path) for path in sorted(roots.model_store.glob("*.mar"))}
         archives = {stem: settings for stem, settings in found.items() if settings}
         packed = {settings.checkpoint for settings in archives.values()}
+        unpacked = (name for name in names_below(roots.checkpoints) if name not in packed)
         return Index(
             models=[_served(_shown(stem, archives), settings, workers) for stem, settings in archives.items()],
-            loras=_files(roots.loras),
-            embeddings=_files(roots.embeddings),
-            servable=[name for name in _files(roots.checkpoints) if name not in packed and _is_servable(name, roots)],
+            loras=names_below(roots.loras),
+            embeddings=names_below(roots.embeddings),
+            servable=[name for name in unpacked if _is_servable(name, roots)],
         )
 
     def _describe(self, request: DescribeModel, workers: dict[str, list[Worker]]) -> Message:
@@ -74,15 +75,11 @@ class RepositoryHandler(RoleHandler):
         )
 
 
-def _files(roots: tuple[Path, ...]) -> list[str]:
-    return sorted({path.relative_to(root).as_posix() for root in roots for path in root.rglob("*.safetensors")})
-
-
 def _is_servable(name: str, roots: Roots) -> bool:
     try:
         path = find(roots.checkpoints, name, "checkpoint")
         about = path.stat()
-    except (LunaError, OSError):  # a link that leads out of the root, or a file that is gone by now
+    except (LunaError, OSError):  # it is gone by now
         return False
     return _holds_parts(path, about.st_size, about.st_mtime_ns)
 

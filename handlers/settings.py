@@ -13,8 +13,9 @@ class HandlerSettings(BaseModel):
     """Settings that every role has.
 
     home is where the folders of `Roots` lie unless the environment says otherwise; checkpoint is a path relative to
-    one of checkpoint_roots, those of `Roots` searched first; dtype "auto" follows `weights.compute_dtype`. Requests run
-    together up to batch_positions rows x height x width of latents; one that is larger runs alone.
+    one of checkpoint_roots, which come before those of `Roots`: it stays the file that was packed; dtype "auto" follows
+    `weights.compute_dtype`. Requests run together up to batch_positions rows x height x width of latents; one that is
+    larger runs alone.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -40,9 +41,7 @@ class HandlerSettings(BaseModel):
         """
         if self.checkpoint is None:
             raise NotFound("this archive names no checkpoint", "pack it with scripts/add_checkpoint.py")
-        own = tuple(self.checkpoint_roots)
-        from_environment = self.roots.checkpoints
-        return find((*from_environment, *own), self.checkpoint, "checkpoint")
+        return find((*self.checkpoint_roots, *self.roots.checkpoints), self.checkpoint, "checkpoint")
 
 
 class PatchedSettings(HandlerSettings):

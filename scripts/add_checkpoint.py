@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from comfy_client.manager import Manager
 from handlers.engine.roots import Roots, find
@@ -63,11 +64,13 @@ def main() -> int:
                 path, arguments.store, arguments.name, arguments.dtype, version=arguments.version
             )
         except (LunaError, SpecError) as error:
-            console.print(f"[red]{file}: {error}")
+            console.print(f"[red]{_printable(file)}: {_printable(str(error))}")
             status = 1
     for archive in archives:
         done = "packed" if archive.written else "already there"
-        console.print(f"{archive.model:30} {done}, {archive.path.stat().st_size / 1024:.0f} KiB")
+        size = f"{archive.path.stat().st_size / 1024:.0f} KiB"
+        instead = f", in place of {archive.replaced}" if archive.replaced else ""
+        console.print(f"{archive.model:30} {done}, {size}, for {_printable(archive.handler['checkpoint'] + instead)}")
     if not archives:
         return 1
     pack_repository(arguments.store)
@@ -79,8 +82,13 @@ def main() -> int:
             return status
         return _serve(server, archives, console) or status
     except LunaError as error:
-        console.print(f"[red]{error}")
+        console.print(f"[red]{_printable(str(error))}")
         return 1
+
+
+def _printable(text: str) -> str:
+    """As rich prints it: brackets are no markup, and what is no UTF-8 is spelt out."""
+    return escape(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _serve(server: Manager, archives: list[Archive], console: Console) -> int:

@@ -1,7 +1,7 @@
 """List, load, unload and scale the models of a running server.
 
 A checkpoint's name stands for all of its parts: `models.py load sd15` is `models.py load sd15.unet sd15.clip sd15.vae`.
-A model's name stands for all of its versions.
+So does its file's name. A model's name stands for all of its versions.
 """
 
 import _environment
@@ -12,27 +12,12 @@ import argparse
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 
 from comfy_client.manager import Manager
-from luna_protocol.errors import LunaError, NotFound
-from luna_protocol.messages import Index
+from luna_protocol.errors import LunaError
 from serving.loading import load, overview
-
-
-def named(index: Index, names: list[str]) -> list[str]:
-    """The models that the names stand for.
-
-    Raises:
-        NotFound: the store has no such model or checkpoint.
-    """
-    known = [model.name for model in index.models]
-    chosen = []
-    for name in names:
-        parts = [model for model in known if name == model or f"{model.rsplit('/', 1)[0]}.".startswith(f"{name}.")]
-        if not parts:
-            raise NotFound(f"the store has no {name!r}", f"it has {', '.join(known) or 'nothing'}")
-        chosen += [name] if name in known else parts
-    return list(dict.fromkeys(chosen))
+from serving.selection import named
 
 
 def show_list(server: Manager, console: Console) -> int:
@@ -40,7 +25,8 @@ def show_list(server: Manager, console: Console) -> int:
     console.print(overview(index))
     idle = [model.name for model in index.models if not model.workers]
     console.print(f"not loaded: {', '.join(idle) or 'none'}")
-    console.print(f"checkpoints without archives (add_checkpoint.py NAME): {', '.join(index.servable) or 'none'}")
+    servable = escape(", ".join(index.servable)) or "none"
+    console.print(f"checkpoints without archives (add_checkpoint.py NAME): {servable}")
     return 0
 
 
@@ -104,7 +90,7 @@ def main() -> int:
                 show_versions(server, arguments.name, console)
         return 0
     except LunaError as error:
-        console.print(f"[red]{error}")
+        console.print(f"[red]{escape(str(error))}")
         return 1
 
 

@@ -10,18 +10,19 @@ _environment.ensure()
 
 import argparse
 import os
-import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from comfy_client.manager import Manager
 from handlers.engine.memory_budget import Budgets
 from handlers.engine.roots import Roots
 from handlers.worker_state import KEEPER
 from luna_protocol.errors import LunaError, NotFound
+from luna_protocol.model_names import role_of
 from serving.archives import pack_repository, refresh
 from serving.keeper import Keeper, Registered
 from serving.loading import load, overview
@@ -40,7 +41,7 @@ def restored(store: list[str], registered: dict[str, int]) -> dict[str, int | No
 
 def of_role(model: str, role: str | None) -> bool:
     """Whether the model is of this role; of any, for None. The repository is of all."""
-    return role is None or model == "repository" or bool(re.search(rf"\.{role}(\.\d+)?(/|$)", model))
+    return role is None or model == "repository" or role_of(model) == role
 
 
 def exposed(arguments: argparse.Namespace, ports: Ports) -> dict[str, str]:
@@ -104,6 +105,8 @@ def main() -> int:
             (arguments.run / KEEPER).unlink(missing_ok=True)
             pack_repository(arguments.store)
             archives = {archive.model: archive for archive in refresh(arguments.store)}
+            for path in sorted({*arguments.store.glob("*.mar")} - {archive.path for archive in archives.values()}):
+                console.print(f"[yellow]{escape(str(path))} is broken, or no archive of ours: it is left alone")
             registered = Registered.read(arguments.run)
             wanted = restored([model for model in archives if of_role(model, arguments.only)], registered.workers)
             # Of a file, the UNet is the most.
@@ -121,14 +124,14 @@ def main() -> int:
             finally:
                 keeper.stop()
             console.print(
-                f"[red]TorchServe ended by itself with status {status}. Its last words:[/]\n{torchserve.tail()}"
+                f"[red]TorchServe ended by itself with status {status}. Its last words:[/]\n{escape(torchserve.tail())}"
             )
             return 1
     except Stopped:
         console.print("Stopped.")
         return 0
     except (LunaError, SpecError, RuntimeError) as error:
-        console.print(f"[red]{error}")
+        console.print(f"[red]{escape(str(error))}")
         return 1
 
 

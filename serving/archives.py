@@ -2,14 +2,15 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from pydantic import ValidationError
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.roots import Roots
 from handlers.settings import settings_of
-from luna_protocol.errors import LunaError
-from luna_protocol.model_names import FIRST_VERSION, archive_name, without_first
+from luna_protocol.errors import Impossible, Internal, LunaError, Malformed
+from luna_protocol.model_names import FIRST_VERSION, archive_name, checkpoint_of, with_version, without_first
+from serving.names import hashed_name, model_name
 from serving.specs import FOLDER, load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,13 +39,15 @@ class Archive:
     """A .mar of the store.
 
     model: NAME, or NAME/VERSION for versions after the first. written: it had to be packed, and was not there already
-    with the same content. handler: the settings that it has for its handler.
+    with the same content. handler: the settings that it has for its handler. replaced: another file, still there, that
+    the model served until now.
     """
 
     model: str
     path: Path
     written: bool
     handler: dict[str, Any]
+    replaced: Path | None = None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -70,50 +74,115 @@ def pack_checkpoint(
     """Pack one archive per part of a checkpoint (UNet, text encoders, VAE) and replica; only the file's header is read.
 
     Args:
-        name: what the models are called before the dot; by default the file's own name.
+        name: what the models are called before the dot; by default after the file, see `serving/names.py`. A name that
+            is given may be another file's, which it then replaces.
         dtype: "fp32", "fp16" or "bf16" instead of what the specs say.
         home: LunaServe's home, see `Roots`.
         specs: the folder of the specs.
         version: beside which others of the same name may be served; a number such as "2.0".
 
     Raises:
-        LunaError: the file cannot be served; see `read_header` and `detect`.
+        LunaError: the file cannot be served; see `read_header` and `detect`. Impossible: another file of the same name
+            is served, and a ComfyUI could not tell the two apart.
         SpecError: a spec cannot be used.
     """
-    file = file.resolve()
+    file = Path(os.path.abspath(file))
     detected = detect(read_header(file))
-    roots = Roots.from_environment(home).checkpoints
-    root = next((root.resolve() for root in roots if file.is_relative_to(root.resolve())), file.parent)
-    name = model_name(name or file.stem)
+    root, file = _root_of(file, Roots.from_environment(home).checkpoints)
+    shown = file.relative_to(root).as_posix()
+    try:
+        shown.encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"the file name {shown!r} is not UTF-8", "rename the file") from None
+    stored = {archive.model: archive for archive in _stored(store)}
+    name = model_name(name) if name else _free_name(file, shown, detected.parts, version, stored)
+    _refuse_twins(file, shown, name, detected.parts, stored.values())
     archives = []
     for role in detected.parts:
         handler = {
             "home": str(home.resolve()),
             "family": detected.family,
-            "checkpoint": file.relative_to(root).as_posix(),
+            "checkpoint": shown,
             "checkpoint_roots": [str(root)],
         }
         archives += _pack_role(
             store, f"{name}.{role}", role, handler | ({"dtype": dtype} if dtype else {}), specs, version
         )
-    return archives
+    before = {model: archive.checkpoint for model, archive in stored.items()}
+    return [
+        replace(archive, replaced=other) if (other := before.get(archive.model)) and not _same(other, file) else archive
+        for archive in archives
+    ]
 
 
 def refresh(store: Path) -> list[Archive]:
     """Pack our archives of the store again whose code is not that of today, with the settings that they have."""
     archives = []
-    for path in sorted(store.glob("*.mar")):
-        with suppress(zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError):  # not ours
-            with zipfile.ZipFile(path) as packed:
-                config = yaml.safe_load(packed.read("model-config.yaml"))
-            model, _, version = path.stem.partition("@")
-            archives.append(_pack(store, model, config["handler"]["role"], config, version or FIRST_VERSION))
+    for archive in _stored(store):
+        model, _, version = with_version(archive.model).partition("/")
+        archives.append(_pack(store, model, archive.handler["role"], _config(archive.path), version))
     return archives
 
 
-def model_name(name: str) -> str:
-    """`name` with what TorchServe's archiver does not take in a model's name replaced by underscores."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("_.-") or "model"
+def _stored(store: Path) -> Iterator[Archive]:
+    """Our archives of the store; what else is there is left alone."""
+    for path in sorted(store.glob("*.mar")):
+        if config := _config(path):
+            yield Archive(path.stem.replace("@", "/"), path, False, config["handler"])
+
+
+def _config(archive: Path) -> dict[str, Any] | None:
+    """Its model-config.yaml; None where it is no archive of ours."""
+    with suppress(OSError, zipfile.BadZipFile, KeyError, TypeError, yaml.YAMLError):
+        with zipfile.ZipFile(archive) as packed:
+            config = yaml.safe_load(packed.read("model-config.yaml"))
+        return config if config["handler"]["role"] in _HANDLERS else None
+
+
+def _root_of(file: Path, roots: Iterable[Path]) -> tuple[Path, Path]:
+    """The checkpoint folder that `file` lies under, and its path there; its own folder where that is none of them.
+
+    A link goes by its own name: what it leads to, such as a download cache's file, often has none.
+    """
+    linked = file.parent.resolve() / file.name  # folders on the way may be links too
+    for root in map(Path.absolute, roots):
+        if file.is_relative_to(root):
+            return root, file
+        if linked.is_relative_to(root.resolve()):
+            return root, root / linked.relative_to(root.resolve())
+    return file.parent, file
+
+
+def _free_name(file: Path, shown: str, roles: Iterable[str], version: str, stored: dict[str, Archive]) -> str:
+    """After the file, with a hash of its path where that name is another file's."""
+
+    def serves(name: str) -> list[Path]:
+        models = (without_first(f"{name}.{role}/{version}") for role in roles)
+        return [path for model in models if model in stored and (path := stored[model].checkpoint)]
+
+    plain = model_name(file.stem)
+    distinct = hashed_name(plain, shown)
+    # What once needed the hash keeps it, or the file would be served twice.
+    if any(_same(path, file) for path in serves(distinct)) or not all(_same(path, file) for path in serves(plain)):
+        return distinct
+    return plain
+
+
+def _refuse_twins(file: Path, shown: str, name: str, roles: Iterable[str], stored: Iterable[Archive]) -> None:
+    for archive in stored:
+        same_name = archive.handler["role"] in roles and archive.handler.get("checkpoint") == shown
+        if same_name and checkpoint_of(archive.model) != name:
+            other = archive.checkpoint
+            if other and not _same(other, file):
+                raise Impossible(
+                    f"{archive.model} serves another file of the name {shown!r} already: {other}",
+                    "rename one of the two, or put it into a folder below one of the checkpoint folders",
+                )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file's: links to the same contents are different files here, as they have two names."""
+    return one.name == other.name and one.parent.samefile(other.parent)
 
 
 def _pack_role(
@@ -132,6 +201,16 @@ def _pack_role(
 
 
 def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Archive:
+    try:
+        return _packed(store, model, role, config, version)
+    except OSError as error:
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # one per file, in a list
+        raise Internal(
+            f"{model} could not be packed: {reason}", f"is there room in {store}, and where TMPDIR says?"
+        ) from error
+
+
+def _packed(store: Path, model: str, role: str, config: dict, version: str) -> Archive:
     store.mkdir(parents=True, exist_ok=True)
     served = without_first(f"{model}/{version}")
     archive = store / archive_name(served)
@@ -160,11 +239,14 @@ def _pack(store: Path, model: str, role: str, config: dict, version: str) -> Arc
         environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"torch-model-archiver could not pack {model}:\n{done.stderr[-2000:]}")
+            raise Internal(f"torch-model-archiver could not pack {model}:\n{done.stderr[-2000:]}")
         # Renamed in place, so that nobody ever sees half an archive.
-        partial = archive.with_suffix(".part")
-        shutil.copyfile(temporary / f"{model}.mar", partial)
-        os.replace(partial, archive)
+        partial = archive.with_suffix(f".{uuid.uuid4().hex}.part")
+        try:
+            shutil.copyfile(temporary / f"{model}.mar", partial)
+            os.replace(partial, archive)
+        finally:
+            partial.unlink(missing_ok=True)
     return Archive(served, archive, True, config["handler"])
 
 

@@ -12,7 +12,6 @@ asked for the load.
 
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from handlers.engine.memory_budget import device_key, gigabytes
 from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Worker, validate
-from luna_protocol.model_names import without_first
+from luna_protocol.model_names import checkpoint_of, without_first
 from luna_protocol.save_job import QueueReport, QueueStatus
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ IDLE_SECONDS = ROOM_SECONDS / 2
 _REGISTERED = "registered.json"
 _POLL_SECONDS = 1.0
 _REMEMBER_EVERY = 10  # polls; each asks TorchServe about every model
-_PART = re.compile(r"\.(unet|clip|vae)(\.\d+)?(/.+)?$")
 
 
 @dataclass(frozen=True)
@@ -203,8 +201,8 @@ class Keeper:
 
 def _parts(model: str, workers: dict[str, list[Worker]]) -> list[Worker]:
     """The workers of all parts of a checkpoint: whoever samples will want to decode."""
-    checkpoint = _PART.sub("", model)
-    return [worker for other, own in workers.items() if _PART.sub("", other) == checkpoint for worker in own]
+    checkpoint = checkpoint_of(model)
+    return [worker for other, own in workers.items() if checkpoint_of(other) == checkpoint for worker in own]
 
 
 def _last_use(model: str, workers: dict[str, list[Worker]]) -> float:

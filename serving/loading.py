@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -50,7 +51,7 @@ def load(
                 server.wait_ready([with_version(model)], progress=show)
             except LunaError as error:
                 progress.update(tasks[model], completed=1, state="[red]not served")
-                progress.console.print(f"[red]{model}: {error}")
+                progress.console.print(f"[red]{model}: {escape(str(error))}")
 
         # UNets first: they are the largest.
         in_line = sorted(tasks, key=lambda model: ".unet" not in model)
@@ -64,13 +65,15 @@ def load(
 
 def overview(index: Index) -> Table:
     """What is served, one row a worker."""
-    table = Table("model", "family", "device", "dtype", "weights", "state")
+    table = Table("model", "family", "device", "dtype", "weights", "state", "file")
     for model in index.models:
         for worker in model.workers:
             device = worker.device
             if worker.assigned_gpu is not None and not device.startswith("cuda"):
                 device += f" (assigned GPU {worker.assigned_gpu} is not there)"
-            state = worker.state if worker.state != "failed" else f"[red]failed: {worker.reason}"
+            state = worker.state if worker.state != "failed" else f"[red]failed: {escape(worker.reason)}"
             weights = f"{worker.weights_bytes / 1e6:,.0f} MB"
-            table.add_row(model.name, model.family, device, worker.dtype, weights, state)
+            table.add_row(
+                model.name, model.family, device, worker.dtype, weights, state, escape(model.checkpoint or "")
+            )
     return table

@@ -34,7 +34,9 @@ def command(name: str, *arguments: str | Path) -> list[str | Path]:
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """serve.py with an empty store, once it is ready; its output is in said.txt under the home."""
+    """serve.py with a store of one broken archive, once it is ready; its output is in said.txt under the home."""
+    (tmp_path / "model_store").mkdir()
+    (tmp_path / "model_store" / "half.mar").write_bytes(b"PK\x03\x04")
     said = (tmp_path / "said.txt").read_text
     with (tmp_path / "said.txt").open("wb") as output:
         process = subprocess.Popen(
@@ -85,7 +87,9 @@ def test_serve_ends_with_its_java_and_says_so(serving: subprocess.Popen, tmp_pat
     next(process for process in family if "java" in process.name()).kill()
     assert serving.wait(60) == 1
     wait_for(lambda: not any(process.is_running() for process in family), seconds=60)
-    assert "TorchServe ended by itself" in (tmp_path / "said.txt").read_text()
+    said = (tmp_path / "said.txt").read_text()
+    assert "TorchServe ended by itself" in said
+    assert re.search(r"half\.mar is broken, or no\s+archive of ours", said)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from luna_protocol.errors import Malformed, NotFound
-from serving.archives import model_name, pack_checkpoint, pack_repository, refresh
+from serving.archives import pack_checkpoint, pack_repository, refresh
 from serving.specs import FOLDER
 from tests.checkpoints import write
 
@@ -122,10 +122,3 @@ def test_what_cannot_be_served_is_told_and_leaves_no_archive(store, tmp_path) ->
     with pytest.raises(Malformed, match="pickle"):
         pack_checkpoint(pickled, store)
     assert not store.exists()
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [("sd_xl_base_1.0", "sd_xl_base_1.0"), ("my model (2)", "my_model__2_"), ("_ä", "model")]
-)
-def test_names_become_names_that_the_archiver_takes(given: str, expected: str) -> None:
-    assert model_name(given) == expected
