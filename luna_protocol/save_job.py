@@ -115,11 +115,13 @@ class SaveAccepted(Message):
 
 
 class QueueStatus(Request):
-    """Asks for the queue's figures and for jobs: those named, or the newest of `client`, or the newest of all."""
+    """Asks for the queue's figures and for jobs: those named, or the newest of all, of `client` and in `states` where
+    these are given."""
 
     kind: Literal["queue_status"] = "queue_status"
     job_ids: list[JobId] = Field(default=[], max_length=256)
     client: Client | None = None
+    states: list[JobState] = Field(default=[], max_length=5)
     limit: int = Field(default=50, ge=0, le=1000)
     thumbnails: bool = False
 
@@ -159,8 +161,8 @@ class JobStatus(Message):
 
 
 class QueueReport(Message):
-    """The reply to `QueueStatus`: jobs per state, bytes of waiting tensors, finished jobs a minute (over the last ten
-    minutes), seconds a job sent now would wait (None while no job has been finished)."""
+    """The reply to `QueueStatus`: jobs per state, bytes of the tensors of those that are queued or running, finished
+    jobs a minute (over the last ten minutes), seconds a job sent now would wait (None while none has been finished)."""
 
     kind: Literal["queue_report"] = "queue_report"
     counts: dict[JobState, int]
@@ -178,10 +180,10 @@ class CancelJobs(Request):
 
 
 class RetryJobs(Request):
-    """Puts dead jobs back into the queue with a fresh count of attempts."""
+    """Puts dead jobs back into the queue with a fresh count of attempts: those named, or all."""
 
     kind: Literal["retry"] = "retry"
-    job_ids: list[JobId] = Field(min_length=1, max_length=256)
+    job_ids: list[JobId] = Field(default=[], max_length=256)
 
 
 class PurgeJobs(Request):

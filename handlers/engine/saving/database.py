@@ -1,15 +1,22 @@
 """Databases by URL; SQLite is opened so that several processes share it and what it committed survives a power cut."""
 
 import sqlite3
+from contextlib import suppress
+from pathlib import Path
 
 from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 
 def open_database(url: str, schema: MetaData) -> Engine:
-    """An engine for `url` that has the tables of `schema`; connections of its execution option `reading` only read."""
+    """An engine for `url` that has the tables of `schema`; connections of its execution option `reading` only read. An
+    SQLite file that is new, and so what SQLite writes beside it, is its user's alone."""
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
+        if engine.url.database:
+            # Never opened and closed where it is there: that would end the locks which this process holds on it.
+            with suppress(FileExistsError):
+                Path(engine.url.database).touch(0o600, exist_ok=False)
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     try:

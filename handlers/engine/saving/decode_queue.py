@@ -7,20 +7,23 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Engine, func, insert, select
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from torch import Tensor
 
+from handlers.engine.private_files import make_private, make_private_folder
 from handlers.engine.saving.database import open_database
 from handlers.engine.saving.job_owner import count_living
 from handlers.engine.saving.job_report import report
 from handlers.engine.saving.job_store import JobStore, Limits, NewJob
-from handlers.engine.saving.job_tables import SCHEMA
+from handlers.engine.saving.job_tables import SCHEMA, VERSION, VERSIONS
 from luna_pictures.filenames import inside
 from luna_pictures.plan import plan, warnings
 from luna_protocol.blob import pack
-from luna_protocol.errors import LunaError, Unavailable
+from luna_protocol.errors import Broken, LunaError, Unavailable
 from luna_protocol.save_job import (
     CancelJobs,
     JobsChanged,
@@ -41,14 +44,20 @@ class DecodeQueue:
 
     Attributes:
         submitted: is set whenever a job may be ready to be worked on.
+
+    Raises:
+        Broken: the jobs are of a newer LunaServe.
     """
 
     def __init__(self, spool: Path, output: Path, limits: Limits | None = None, database: str | None = None):
-        for folder in (spool, output):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(spool)
+        for file in spool.glob("*.sqlite3*"):  # of a LunaServe that left them readable by others
+            make_private(file)
+        output.mkdir(parents=True, exist_ok=True)
         self.output = output.resolve()
         self.owners = spool / "owners"
         self.engine = open_database(database or f"sqlite:///{spool.resolve() / 'jobs.sqlite3'}", SCHEMA)
+        _check_version(self.engine)
         self.store = JobStore(self.engine, limits or Limits(), lambda path: os.path.lexists(self.output / path))
         self.submitted = threading.Event()
 
@@ -98,7 +107,7 @@ class DecodeQueue:
 
     def retry(self, asked: RetryJobs) -> JobsChanged:
         """Puts dead jobs back into the queue."""
-        changed = _each(asked.job_ids, self.store.retry)
+        changed = _each(asked.job_ids or self.store.dead(), self.store.retry)
         self.submitted.set()
         return changed
 
@@ -110,6 +119,18 @@ class DecodeQueue:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _check_version(engine: Engine) -> None:
+    with suppress(IntegrityError), engine.begin() as db:  # which another process has written in the same instant
+        version = db.scalar(select(func.max(VERSIONS.c.version)))
+        if version is None:
+            db.execute(insert(VERSIONS).values(version=VERSION))
+        elif version > VERSION:
+            raise Broken(
+                f"{engine.url!r} has decode jobs of a newer LunaServe (version {version}; this one reads {VERSION})",
+                "serve them with that one, or name another folder as LUNA_SPOOL",
+            )
 
 
 def _each(job_ids: list[str], change: Callable[[str], object]) -> JobsChanged:

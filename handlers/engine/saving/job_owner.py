@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from handlers.engine.private_files import make_private_folder
+
 
 class Owner:
     """This worker among those that share the folder `folder`, for as long as its process lives or until `release`."""
@@ -17,7 +19,7 @@ class Owner:
     def __init__(self, folder: Path):
         self.id = secrets.token_hex(8)
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         self._lock = _lock(folder / f"{self.id}.lock")
         self._lock.acquire()
 
@@ -51,7 +53,7 @@ def _is_held(path: Path) -> bool:
 
 def _lock(path: Path) -> FileLock:
     # Any thread of the process may release it; and each probe is an object of its own, so that it really asks.
-    return FileLock(path, thread_local=False)
+    return FileLock(path, mode=0o600, thread_local=False)
 
 
 def _remove(path: Path) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, Engine, Row, and_, func, or_, select
 
-from handlers.engine.saving.job_tables import FILES, JOBS
+from handlers.engine.saving.job_tables import FILES, JOBS, WAITS
 from luna_protocol.save_job import JobStatus, QueueReport, QueueStatus, SaveAccepted, SavedFile
 
-HOLDS_PAYLOAD = JOBS.c.state.in_(("queued", "running", "dead"))
 _WINDOW = 600.0
 
 
@@ -31,6 +30,8 @@ def report(engine: Engine, asked: QueueStatus, workers: int) -> QueueReport:
         query = query.limit(asked.limit)
         if asked.client is not None:
             query = query.where(JOBS.c.client == asked.client)
+        if asked.states:
+            query = query.where(JOBS.c.state.in_(asked.states))
     with engine.execution_options(reading=True).connect() as db:
         counts = dict.fromkeys(("queued", "running", "done", "dead", "cancelled"), 0)
         counts |= {
@@ -42,7 +43,7 @@ def report(engine: Engine, asked: QueueStatus, workers: int) -> QueueReport:
         waiting = counts["queued"] + counts["running"]
         return QueueReport(
             counts=counts,
-            bytes=db.scalar(select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(HOLDS_PAYLOAD)),
+            bytes=db.scalar(select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(WAITS)),
             throughput=done * 60 / _WINDOW,
             estimated_wait=None if each is None else waiting * each / max(1, workers),
             jobs=_statuses(db, db.execute(query).all(), asked.thumbnails),

@@ -10,6 +10,7 @@ numbers who had it.
 From there a job is only ever finished, by whoever finds it.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,12 +34,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from handlers.engine.saving.job_report import HOLDS_PAYLOAD, accepted, seconds_per_job
-from handlers.engine.saving.job_tables import FILES, JOBS, PAYLOADS, TURNS
+from handlers.engine.saving.job_report import accepted, seconds_per_job
+from handlers.engine.saving.job_tables import FILES, JOBS, PAYLOADS, TURNS, WAITS
 from luna_pictures.filenames import name_key, numbered
 from luna_pictures.plan import NewFile
 from luna_protocol.errors import Malformed, NotFound, TooLarge, Unavailable
 from luna_protocol.save_job import SaveAccepted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Limits:
     """How much the queue holds and how long it tries.
 
     Args:
-        jobs, bytes: of waiting jobs and of their tensors; more are refused with `Unavailable`.
+        jobs, bytes: of waiting jobs and of their tensors; more are refused with `Unavailable`. As many dead ones are
+            kept beside them, for whoever wants to try them again, and of more the oldest are forgotten.
         job_bytes: of one job.
         attempts: failures of the job's own, or deaths of the worker, after which a job is dead.
         backoff, backoff_cap: seconds before the second try, doubled for each further one up to the cap.
@@ -107,14 +111,13 @@ class StagedFile:
 
 
 # Built once: submitting is what a sampler waits for.
-_WAITS = JOBS.c.state.in_(("queued", "running"))
 _BEFORE = select(
     select(JOBS.c.digest).where(JOBS.c.job_id == bindparam("id")).scalar_subquery(),
-    select(func.count()).where(_WAITS).scalar_subquery(),
+    select(func.count()).where(WAITS).scalar_subquery(),
     select(func.count())
     .where(JOBS.c.state == "queued", JOBS.c.model == bindparam("model"), JOBS.c.priority >= bindparam("priority"))
     .scalar_subquery(),
-    select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(HOLDS_PAYLOAD).scalar_subquery(),
+    select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(WAITS).scalar_subquery(),
 )
 _ADD_JOB, _ADD_PAYLOAD, _ADD_FILE = insert(JOBS), insert(PAYLOADS), insert(FILES)
 _HIGHEST_SUFFIX = select(func.max(FILES.c.suffix)).where(FILES.c.wanted_key == bindparam("key"))
@@ -193,7 +196,7 @@ class JobStore:
         if waiting >= self.limits.jobs or held + len(job.blob) > self.limits.bytes:
             raise Unavailable(
                 f"the queue is full: {waiting} of {self.limits.jobs} jobs, {held} of {self.limits.bytes} bytes",
-                "wait, or purge dead jobs",
+                "wait, or cancel some: scripts/jobs.py lists them",
                 retry_after=max(1.0, min(60.0, seconds_per_job(db) or 5.0)),
             )
         row = {name: getattr(job, name) for name in ("job_id", "model", "client", "priority", "digest", "warnings")}
@@ -325,6 +328,8 @@ class JobStore:
                 not_before=time.time() + self._backoff(in_a_row),
                 finished=time.time() if dead else None,
             )
+            if dead:
+                self._bound_dead(db)
 
     def renew(self, claims: Iterable[Claim]) -> None:
         """Signs of life for jobs that their worker still works on."""
@@ -348,7 +353,10 @@ class JobStore:
             values |= {"finished": time.time() if spent else None}
         with self._engine.begin() as db:
             mine = and_(JOBS.c.number == row.number, JOBS.c.claim == row.claim, JOBS.c.owner == row.owner)
-            return bool(db.execute(update(JOBS).where(mine).values(**values)).rowcount)
+            freed = bool(db.execute(update(JOBS).where(mine).values(**values)).rowcount)
+            if spent:
+                self._bound_dead(db)
+            return freed
 
     def cancel(self, job_id: str) -> None:
         """Cancels a job that is not staged. Its owner, or who takes over from that, removes what it has on disk.
@@ -367,6 +375,11 @@ class JobStore:
                     "only jobs that wait, run or are dead can be cancelled",
                 )
             db.execute(delete(PAYLOADS).where(PAYLOADS.c.number == row.number))
+
+    def dead(self) -> list[str]:
+        """The ids of the dead jobs, the first first."""
+        with self._reading.connect() as db:
+            return list(db.scalars(select(JOBS.c.job_id).where(JOBS.c.state == "dead").order_by(JOBS.c.number)))
 
     def retry(self, job_id: str) -> None:
         """Puts a dead job back with a fresh count of attempts.
@@ -396,6 +409,15 @@ class JobStore:
                 db.execute(delete(JOBS).where(JOBS.c.number == row.number))
             db.execute(delete(TURNS).where(TURNS.c.client.not_in(select(JOBS.c.client))))
         return [row.job_id for row in rows]
+
+    def _bound_dead(self, db: Connection) -> None:
+        dead = select(JOBS).where(JOBS.c.state == "dead").order_by(JOBS.c.finished.desc(), JOBS.c.number.desc())
+        size = 0
+        for count, row in enumerate(db.execute(dead).all(), start=1):
+            size += row.bytes
+            if count > self.limits.jobs or size > self.limits.bytes:
+                log.warning("forgetting job %s, as too many later ones are dead too: %s", row.job_id, row.reason)
+                db.execute(delete(JOBS).where(JOBS.c.number == row.number))
 
     def _backoff(self, attempts: int) -> float:
         return min(self.limits.backoff_cap, self.limits.backoff * 2 ** min(attempts - 1, 20))

@@ -17,6 +17,9 @@ from sqlalchemy import (
 )
 
 SCHEMA = MetaData()
+# Of these tables. A spool without one is of a LunaServe before there were versions, whose tables were the first's.
+VERSION = 1
+VERSIONS = Table("luna_spool_versions", SCHEMA, Column("version", Integer, primary_key=True))
 _Number = BigInteger().with_variant(Integer, "sqlite")
 
 JOBS = Table(
@@ -54,6 +57,8 @@ Index(
     *(JOBS.c.state, JOBS.c.model, JOBS.c.client),
     *(JOBS.c.staged.desc(), JOBS.c.priority.desc(), JOBS.c.number),
 )
+# Jobs that a VAE has yet to decode; their tensors are what `Limits.bytes` bounds.
+WAITS = JOBS.c.state.in_(("queued", "running"))
 # Apart from the jobs, so that changing a row does not rewrite megabytes.
 PAYLOADS = Table(
     "luna_payloads",

@@ -147,7 +147,8 @@ class JobWork:
 
     def _load(self, claim: Claim) -> tuple[SaveJob, dict[str, Tensor]]:
         message, tensors = unpack(self._store.payload(claim))
-        return SaveJob.model_validate(message), tensors
+        # What this version of SaveJob does not know any more is of a LunaServe that accepted the job before an upgrade.
+        return SaveJob.model_validate(message, extra="ignore"), tensors
 
     def _write_picture(
         self, claim: Claim, job: SaveJob, file: Row, group: PictureGroup, row: int, picture: np.ndarray

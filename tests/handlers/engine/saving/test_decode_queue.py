@@ -217,6 +217,45 @@ def test_bytes_are_bounded_too(make_queue):
             queue.submit(job := a_job(), latents(job))
 
 
+def test_dead_jobs_do_not_keep_others_out_and_the_oldest_of_too_many_are_forgotten(make_queue, caplog):
+    def broken(latent):
+        raise ValueError("no picture")
+
+    queue, _ = make_queue(broken, limits=Limits(bytes=4500, attempts=1))
+    dead = [a_job() for _ in range(8)]
+    for job in dead:
+        queue.submit(job, latents(job))
+        wait_for(queue, job, "dead")
+    report = queue.report(QueueStatus(states=["dead"]))
+    kept = [status.job_id for status in report.jobs]
+    assert report.bytes == 0, "they do not count against the limit"
+    assert 1 < len(kept) < 8 and kept == [job.job_id for job in reversed(dead)][: len(kept)]
+    assert f"forgetting job {dead[0].job_id}" in caplog.text and "no picture" in caplog.text
+
+
+def test_dead_jobs_are_bounded_in_number_too(make_queue):
+    queue, _ = make_queue(lambda latent: 1 / 0, limits=Limits(jobs=3, attempts=1))
+    for _ in range(5):
+        queue.submit(job := a_job(), latents(job))
+        wait_for(queue, job, "dead")
+    assert queue.report(QueueStatus()).counts["dead"] == 3
+
+
+def test_all_dead_jobs_are_tried_again_at_once(make_queue, output):
+    failing = [1, 2, 3]
+    queue, _ = make_queue(
+        lambda latent: decode(latent) if not failing else failing.pop() / 0, limits=Limits(attempts=1)
+    )
+    jobs = [a_job() for _ in range(3)]
+    for job in jobs:
+        queue.submit(job, latents(job))
+        wait_for(queue, job, "dead")
+    assert queue.retry(RetryJobs()).changed == [job.job_id for job in jobs]
+    for job in jobs:
+        check_complete(output, wait_for(queue, job))
+    assert queue.retry(RetryJobs()).changed == []
+
+
 def test_failures_are_tried_again_and_then_dead_with_their_reason(make_queue, output):
     failing, tries = threading.Event(), []
     failing.set()
@@ -402,7 +441,7 @@ def test_the_spool_gives_its_space_back(make_queue, tmp_path):
 
 
 def test_the_worker_goes_on_when_its_database_fails_for_a_while(make_queue, output, monkeypatch):
-    queue, _ = make_queue()
+    queue, worker = make_queue(start=False)
     failing, claim = [1, 2], queue.store.claim
 
     def flaky(*arguments):
@@ -412,6 +451,7 @@ def test_the_worker_goes_on_when_its_database_fails_for_a_while(make_queue, outp
         return claim(*arguments)
 
     monkeypatch.setattr(queue.store, "claim", flaky)
+    worker.start()
     queue.submit(job := a_job(), latents(job))
     check_complete(output, wait_for(queue, job))
     assert not failing
