@@ -88,7 +88,7 @@ class _Lease:
             size = int(json.loads(answer.body)["shared_memory"])
         except (ValueError, KeyError, TypeError) as error:
             raise Internal(f"the worker answers {answer.body[:200]!r}", "is it of another version?") from error
-        return unpack(bytearray(self._reply.buffer[:size]))
+        return unpack(self._reply.buffer[:size].toreadonly())  # copied, as the next reply comes there too
 
     def unlink(self) -> None:
         self._request.unlink()

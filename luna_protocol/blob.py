@@ -4,7 +4,7 @@ The message travels as JSON in the blob's metadata under the key `luna`. A tenso
 named in `channels_last` there: kernels choose their arithmetic by strides, so dropping them changes the last bits.
 
 Written and read here rather than by the safetensors library, which puts a blob together in memory of its own: a tensor
-is copied once on its way out, straight to where the blob is wanted, and not at all on its way in.
+is copied once on its way out, straight to where the blob is wanted, and on its way in only where it is not aligned.
 """
 
 import hashlib
@@ -16,12 +16,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from luna_protocol.alignment import ALIGNMENT, aligned
 from luna_protocol.errors import Malformed, TooLarge
 
 METADATA_KEY = "luna"
 MAX_HEADER_BYTES = 4 << 20
-# Of a blob's first tensor; torch's own allocations lie so too, and some kernels round differently where data does not.
-_ALIGNMENT = 64
 _MAX_ELEMENTS = 1 << 48
 _DTYPES = {
     "F64": torch.float64,
@@ -73,9 +72,9 @@ class Blob:
                 "data_offsets": [begin, end],
             }
         text = json.dumps(header).encode()
-        if len(text) > MAX_HEADER_BYTES - _ALIGNMENT:
+        if len(text) > MAX_HEADER_BYTES - ALIGNMENT:
             raise TooLarge(f"the message is {len(text)} bytes of JSON", f"at most {MAX_HEADER_BYTES} can be sent")
-        self._header = text + b" " * (-(8 + len(text)) % _ALIGNMENT)
+        self._header = text + b" " * (-(8 + len(text)) % ALIGNMENT)
         self.size = 8 + len(self._header) + end
 
     def write(self, target: memoryview) -> None:
@@ -112,15 +111,17 @@ def pack(message: BaseModel, tensors: Mapping[str, Tensor]) -> bytearray:
 def unpack(blob: bytes | bytearray | memoryview) -> tuple[dict, dict[str, Tensor]]:
     """The message as plain JSON and the tensors of a blob that `pack` (or any safetensors writer) made.
 
-    The tensors are views of `blob`: what is to outlive its memory's next use has to be cloned. Of memory that cannot be
-    written, which torch has no tensors for, they are views of a copy.
+    Every tensor is `aligned`. Those that lie so in `blob` are views of it: what is to outlive its memory's next use has
+    to be cloned. Of memory that cannot be written, which torch has no tensors for, they are views of a copy.
 
     Raises:
         Malformed: when the blob is not safetensors, or carries no message.
     """
     view = memoryview(blob).cast("B")
     if view.readonly:
-        view = memoryview(bytearray(view))
+        copy = memoryview(torch.empty(len(view), dtype=torch.uint8).numpy())
+        copy[:] = view
+        view = copy
     header, data = _header(view)
     message, strided = _told(header)
     tensors, end = {}, 0
@@ -214,9 +215,7 @@ def _tensor(name: str, entry: dict, data: memoryview, follows: int) -> tuple[Ten
         raise _not_safetensors(f"{name!r} has {end - begin} bytes, its shape and dtype make {size}")
     if size == 0:
         return torch.empty(shape, dtype=_DTYPES[dtype]), end
-    flat = torch.frombuffer(data[begin:end], dtype=torch.uint8)
-    if flat.data_ptr() % _DTYPES[dtype].itemsize:  # another writer's; torch wants its elements aligned
-        flat = flat.clone()
+    flat = aligned(torch.frombuffer(data[begin:end], dtype=torch.uint8))
     return flat.view(_DTYPES[dtype]).view(shape), end
 
 

@@ -8,6 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from handlers.engine.checkpoints import Part, part_shapes, read_header
 from handlers.engine.weights import adopt, read_tensors
+from luna_protocol.alignment import aligned
 from luna_protocol.errors import Impossible, Malformed
 
 END_TOKEN = 49407
@@ -184,7 +185,7 @@ def _from_open_clip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tens
         if ".attn.in_proj_" in name:
             prefix, kind = name.split(".attn.in_proj_")
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{prefix}.self_attn.{letter}_proj.{kind}"] = third
+                renamed[f"{prefix}.self_attn.{letter}_proj.{kind}"] = aligned(third)
             continue
         for theirs, ours in _G_NAMES.items():
             name = name.replace(f".{theirs}.", f".{ours}.")

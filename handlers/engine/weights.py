@@ -7,10 +7,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from handlers.engine.checkpoints import Part, read_header
+from luna_protocol.alignment import aligned, is_aligned
 from luna_protocol.errors import Malformed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_REMAP_BYTES = 32 << 20
+_MAPPINGS = 64  # of a file, one after the other
 
 
 def compute_dtype(role: str, wanted: str, device: torch.device) -> torch.dtype:
@@ -29,24 +30,26 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """One component's tensors on `device`, floating ones as `dtype`.
 
-    The file is mapped, and each tensor goes straight to its place: on the CPU a tensor already of `dtype` stays in the
-    mapping, shared by every process that serves the file. Where tensors are cast, the mapping is renewed now and then,
-    so that what was read does not add up in this process.
+    The file is mapped, and each tensor goes straight to its place: on the CPU a tensor that is already of `dtype` and
+    `aligned` stays in the mapping, shared by every process that serves the file. The others are copied, and for them
+    the mapping is renewed now and then, so that what was read does not add up in this process.
 
     Raises:
         Malformed: the file is corrupt.
     """
-    wanted = list(part.keys(read_header(path), component))
-    tensors: dict[str, torch.Tensor] = {}
+    wanted = dict(part.keys(read_header(path), component))
+    share = Path(path).stat().st_size // _MAPPINGS
     try:
-        while len(tensors) < len(wanted):
+        tensors = _mapped(path, wanted, dtype) if device.type == "cpu" else {}
+        copied = [(key, short) for key, short in wanted.items() if short not in tensors]
+        while copied:
             read = 0
             with safe_open(path, "pt", device=str(device)) as file:
-                for key, short in wanted[len(tensors) :]:
-                    tensors[short] = _cast(file.get_tensor(key), dtype)
-                    read += tensors[short].nbytes
-                    if read > _REMAP_BYTES:
-                        break
+                while copied and read <= share:
+                    key, short = copied.pop(0)
+                    tensor = file.get_tensor(key)
+                    tensors[short] = aligned(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                    read += tensor.nbytes
     except (SafetensorError, OSError) as error:
         raise Malformed(f"{Path(path).name} cannot be read: {error}", "is the file complete?") from error
     return tensors
@@ -75,5 +78,12 @@ def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str) 
     return module.eval().requires_grad_(False)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _mapped(path: Path, wanted: dict[str, str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Those tensors that can be used where the file is mapped."""
+    with safe_open(path, "pt") as file:
+        views = {short: file.get_tensor(key) for key, short in wanted.items()}
+    return {
+        short: view
+        for short, view in views.items()
+        if is_aligned(view) and (view.dtype == dtype or not view.is_floating_point())
+    }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.weights import read_tensors
@@ -44,16 +45,21 @@ def test_peak_is_the_tensors_size(large, dtype):
     assert 0.9 < float(done.stdout) <= 1.15
 
 
-def test_same_dtype_is_shared_with_the_file(tmp_path):
+def test_what_lies_aligned_in_the_file_is_shared_with_it(tmp_path):
     """Two loads of one file on the CPU are the same pages of the page cache, not copies: writing the file shows it."""
-    path = checkpoints.write(tmp_path / "mapped.safetensors", "tiny_sd15")
+    name = "input_blocks.0.0.weight"
+    written = checkpoints.write(tmp_path / "written.safetensors", "tiny_sd15")
+    raw = load_file(written)[f"model.diffusion_model.{name}"].numpy().tobytes()
+    path = checkpoints.shifted(written, -_place(written, raw) % 64, tmp_path / "mapped.safetensors")
     part = detect(read_header(path)).parts["unet"]
     tensors = read_tensors(path, part, "unet", torch.float32, torch.device("cpu"))
-    name = "input_blocks.0.0.weight"
-    raw = tensors[name].clone().numpy().tobytes()
-    content = bytearray(path.read_bytes())
-    start = content.index(raw)
     with path.open("r+b") as file:
-        file.seek(start)
+        file.seek(_place(path, raw, 0))
         file.write(b"\0\0\0\0")
     assert tensors[name].flatten()[0].item() == 0
+
+
+def _place(path: Path, raw: bytes, since_header: int = 1) -> int:
+    """Where in the file `raw` begins, counted from its beginning or from the end of its header."""
+    content = path.read_bytes()
+    return content.index(raw) - since_header * (8 + int.from_bytes(content[:8], "little"))
