@@ -22,7 +22,7 @@ class QueueWatch:
 
     Args:
         tell: `tell(event, message)` sends to the browser: "luna.saved" with job_id, node, files and thumbnails (JPEG,
-            base64) when a job is done, "luna.warning" with its reason when it failed for good.
+            base64) when a job is done, "luna.warning" with its reason when some or all of it failed for good.
     """
 
     def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
@@ -75,5 +75,6 @@ class QueueWatch:
                     "thumbnails": [file.thumbnail for file in pictures if file.thumbnail],
                 },
             )
-        elif job.state == "dead":
-            self._tell("luna.warning", {"message": f"job {job.job_id[:8]} was not saved: {job.reason}"})
+        if job.state == "dead" or (job.state == "done" and job.reason):
+            what = "was not saved" if job.state == "dead" else "is saved in part"
+            self._tell("luna.warning", {"message": f"job {job.job_id[:8]} {what}: {job.reason}"})

@@ -1,22 +1,20 @@
-"""Save jobs as Luna Multi Saver makes them, and the same pictures saved by ComfyUI when the server cannot."""
+"""Save jobs as Luna Multi Saver makes them."""
 
-import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luna_pictures.encoding import encode, to_8_bits
-from luna_pictures.filenames import discarded, inside, numbered
-from luna_pictures.plan import plan
-from luna_pictures.quality_gate import quality
+from comfy_client.job_fields import tolerant_job
+from luna_pictures.encoding import to_8_bits
+from luna_pictures.filenames import check_template, contained
+from luna_pictures.metadata import plain
 from luna_protocol.errors import Malformed
-from luna_protocol.save_job import Heatmap, PictureFormat, PictureGroup, SaveJob
+from luna_protocol.save_job import MAX_AFFIX, Heatmap, PictureFormat, PictureGroup, SaveJob
 
 
 @dataclass(frozen=True)
@@ -33,92 +31,52 @@ class Batch:
 
 def job_of(
     batches: Sequence[Batch], heatmaps: Mapping[tuple[str, str], Tensor], **settings: Any
-) -> tuple[SaveJob, dict[str, Tensor]]:
-    """A new job and the tensors that go with it.
+) -> tuple[SaveJob, dict[str, Tensor], list[str]]:
+    """A new job, the tensors that go with it, and what had to be made otherwise than asked for a job to come of it.
 
     Args:
         heatmaps: {(polarity, stage): [B, h, w]}.
         settings: `SaveJob`'s other fields.
 
     Raises:
-        Malformed: there is nothing to save, or a slot has both a latent and an image.
+        Malformed: there is nothing to save.
     """
     if not batches:
         raise Malformed("there is nothing to save", "connect a latent or an image, and choose a format")
-    groups, tensors = [], {}
+    groups, tensors, notes = [], {}, []
     for batch in batches:
-        if batch.latent is not None and batch.image is not None:
-            raise Malformed(f"slot {batch.slot} has both a latent and an image", "connect one of them")
-        name, source = f"pictures_{batch.slot}", "image" if batch.latent is None else "latent"
+        source = "image" if batch.latent is None else "latent"
+        name, affix = f"{source}_{batch.slot}", plain(str(batch.affix))
+        if len(affix) > MAX_AFFIX:
+            notes.append(f"affix_{batch.slot} has {len(affix)} characters and is cut to {MAX_AFFIX}")
         groups.append(
-            PictureGroup(source=source, tensor=name, affix=batch.affix, format=batch.format, subdir=batch.subdir)
+            PictureGroup(source=source, tensor=name, affix=affix[:MAX_AFFIX], format=batch.format, subdir=batch.subdir)
         )
-        tensors[name] = batch.latent.contiguous() if source == "latent" else _compact(batch)
+        tensors[name] = batch.latent.contiguous() if source == "latent" else _compact(batch, notes)
     maps = []
     for (polarity, stage), tensor in heatmaps.items():
         maps.append(Heatmap(tensor=f"heatmap_{polarity}_{stage}", polarity=polarity, stage=stage))
         tensors[maps[-1].tensor] = tensor.contiguous()
-    return SaveJob(job_id=uuid.uuid4().hex, groups=groups, heatmaps=maps, created=time.time(), **settings), tensors
-
-
-def save_here(
-    job: SaveJob, tensors: Mapping[str, Tensor], decode: Callable[[Tensor], Tensor], output: Path
-) -> list[str]:
-    """Saves a job's pictures in this process, named and tagged as the server would; their paths under `output`.
-
-    Heatmaps and database rows are the server's alone.
-
-    Args:
-        decode: latent [B, C, h, w] to image [B, H, W, 3] in 0..1.
-
-    Raises:
-        Malformed, Impossible, TooLarge: as the server would.
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    job = job.model_copy(update={"heatmaps": []})
-    tensors = {group.tensor: tensors[group.tensor] for group in job.groups}
-    decoded = {
-        group.tensor: decode(tensors[group.tensor]) if group.source == "latent" else tensors[group.tensor]
-        for group in job.groups
-    }
-    shown = [group.model_copy(update={"source": "image"}) for group in job.groups]
-    job, output = job.model_copy(update={"groups": shown}), output.resolve()
-    saved = []
-    for file in plan(job, decoded, latent_channels=0, latent_scale=1):
-        group = job.groups[file.group]
-        picture = decoded[group.tensor][file.row].cpu().numpy()
-        score = quality(picture, job.quality_gate)
-        path = discarded(file.path) if score is not None and score < job.min_quality else file.path
-        saved.append(_write(output, path, encode(picture, job, group, file.row)))
-    return saved
-
-
-def _compact(batch: Batch) -> Tensor:
-    """8 bits where the format keeps no more: a quarter of what travels."""
-    if batch.format == "png16" or batch.image.dtype == torch.uint8 or not torch.isfinite(batch.image).all():
-        return batch.image.contiguous()
-    return torch.from_numpy(to_8_bits(batch.image.float().cpu().numpy()))
-
-
-def _write(output: Path, wanted: PurePosixPath, content: bytes) -> str:
-    """Writes a new file, called otherwise where there is one of that name already: an empty file holds the name until
-    the whole one takes its place."""
-    number = 0
-    while True:
-        path = numbered(wanted, number)
-        final = inside(output, path)
-        final.parent.mkdir(parents=True, exist_ok=True)
+    for field in settings.keys() & {"save_path", "filename"}:
         try:
-            final.touch(exist_ok=False)
-        except FileExistsError:
-            number += 1
-            continue
-        part = final.with_name(f".{uuid.uuid4().hex}.part")
-        try:
-            part.write_bytes(content)
-            os.replace(part, final)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            final.unlink(missing_ok=True)
-            raise
-        return str(path)
+            check_template(str(settings[field]))
+        except Malformed as error:
+            settings[field] = contained(str(settings[field]))
+            notes.append(f"{error}: it is taken for {settings[field]!r}")
+    own = {"job_id": uuid.uuid4().hex, "groups": groups, "heatmaps": maps, "created": time.time()}
+    job, left_out = tolerant_job(settings | own)
+    return job, tensors, notes + left_out
+
+
+def _compact(batch: Batch, notes: list[str]) -> Tensor:
+    """The image as every format takes it, in 8 bits where the format keeps no more: a quarter of what travels."""
+    image = batch.image if batch.image.ndim == 4 else batch.image[None]
+    if image.shape[-1] == 1:
+        image = image.expand(*image.shape[:-1], 3)
+    finite = torch.isfinite(image).flatten(1)
+    if (partly := finite.any(1) & ~finite.all(1)).any():
+        notes.append(f"image_{batch.slot} holds NaN or infinity here and there, which is saved as black or white")
+        image = torch.where(partly.view(-1, 1, 1, 1), image.nan_to_num(0.0, 1.0, 0.0), image)
+    if batch.format == "png16" or image.dtype == torch.uint8 or not torch.isfinite(image).all():
+        return image.contiguous()
+    return torch.from_numpy(to_8_bits(image.float().cpu().numpy()))

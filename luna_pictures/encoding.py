@@ -11,20 +11,29 @@ from luna_pictures.png import FAST_LEVELS, png
 from luna_protocol.save_job import PictureFormat, PictureGroup, SaveJob
 
 EXTENSIONS: dict[PictureFormat, str] = {"png": "png", "png16": "png", "webp": "webp", "jpeg": "jpg"}
-MAX_SIDE: dict[PictureFormat, int] = {"png": 32_768, "png16": 32_768, "webp": 16_383, "jpeg": 65_535}
+_MAX_SIDE: dict[PictureFormat, int] = {"png": 2**31 - 1, "png16": 2**31 - 1, "webp": 16_383, "jpeg": 65_500}
 _THUMBNAIL = 256
 
 
+def fitting(wanted: PictureFormat, height: int, width: int, channels: int) -> PictureFormat:
+    """`wanted`, or png where that cannot hold such a picture: webp and jpeg end at some side, jpeg has no
+    transparency."""
+    holds = max(height, width) <= _MAX_SIDE[wanted] and not (wanted == "jpeg" and channels == 4)
+    return wanted if holds else "png"
+
+
 def encode(picture: np.ndarray, job: SaveJob, group: PictureGroup, row: int) -> bytes:
-    """The file's content for `picture` [H, W, 3 or 4], floating 0..1 or uint8, which is batch row `row` of `group`."""
+    """The file's content for `picture` [H, W, 3 or 4], floating 0..1 or uint8, which is batch row `row` of `group`, in
+    the `fitting` format."""
+    kind = fitting(group.format, *picture.shape)
     workflow, generation = workflow_texts(job), generation_texts(job, group, row)
-    if group.format == "png16":
+    if kind == "png16":
         return png(_to_16_bits(picture), job.png_compression, workflow | generation)
-    if group.format == "png" and job.png_compression <= FAST_LEVELS[-1]:
+    if kind == "png" and job.png_compression <= FAST_LEVELS[-1]:
         return png(to_8_bits(picture), job.png_compression, workflow | generation)
     image = Image.fromarray(to_8_bits(picture))
     file = io.BytesIO()
-    match group.format:
+    match kind:
         case "png":
             info = PngInfo()
             for key, text in (workflow | generation).items():

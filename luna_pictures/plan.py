@@ -7,13 +7,21 @@ from pathlib import PurePosixPath
 import torch
 from torch import Tensor
 
-from luna_pictures.encoding import EXTENSIONS, MAX_SIDE
-from luna_pictures.filenames import model_variables, picture_name, render
+from luna_pictures.encoding import EXTENSIONS, fitting
+from luna_pictures.filenames import (
+    MAX_PATH_BYTES,
+    check_template,
+    fitted,
+    model_variables,
+    picture_name,
+    render,
+    unknown_variables,
+)
 from luna_pictures.metadata import generation_texts, jpeg_exif, model_texts, workflow_texts
 from luna_protocol.errors import Impossible, Malformed, TooLarge
 from luna_protocol.save_job import PictureGroup, SaveJob
 
-MAX_ROWS = 64
+MAX_ROWS = 4096  # ComfyUI's own bound of a batch
 MAX_PIXELS = 16 * 4096 * 4096  # of a whole job, which is decoded in memory
 HEATMAPS = "_heatmaps"
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,35 +40,49 @@ class NewFile:
     height: int = 0
 
 
-def plan(job: SaveJob, tensors: Mapping[str, Tensor], latent_channels: int, latent_scale: int) -> list[NewFile]:
-    """The files of `job`: pictures in the order of its groups and their batch rows, then its heatmaps.
+def plan(
+    job: SaveJob,
+    tensors: Mapping[str, Tensor],
+    latent_channels: int,
+    latent_scale: int,
+    room: int = MAX_PATH_BYTES,
+) -> tuple[list[NewFile], list[str]]:
+    """The files of `job`, pictures in the order of its groups and their batch rows, then its heatmaps; and what will be
+    saved otherwise than asked.
 
     Args:
         latent_channels, latent_scale: C of a latent [B, C, h, w], and pixels a side that one of its positions becomes.
+        room: bytes that a path may have.
 
     Raises:
-        Malformed: tensors are missing or too many, of a wrong shape or dtype, or a template is wrong.
+        Malformed: tensors are missing or too many, of a wrong shape or dtype, or a template leaves the output folder.
         TooLarge: more than `MAX_PIXELS`.
-        Impossible: a picture that its format cannot hold, or tensors that are not finite.
+        Impossible: nothing that a picture could be made of, or heatmaps that are not finite.
     """
     named = {part.tensor for part in (*job.groups, *job.heatmaps)}
     if named != set(tensors):
         raise Malformed(
             f"the job names the tensors {sorted(named)} and came with {sorted(tensors)}", "send exactly those named"
         )
-    files = []
+    for template in (job.save_path, job.filename):
+        check_template(template)
+    files, told = [], warnings(job)
     for number, group in enumerate(job.groups):
-        rows, width, height, channels = _size(group, tensors[group.tensor], latent_channels, latent_scale)
-        if not 1 <= rows <= MAX_ROWS or not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE[group.format]:
+        tensor = tensors[group.tensor]
+        rows, height, width, channels = _size(group, tensor, latent_channels, latent_scale)
+        if not 1 <= rows <= MAX_ROWS or min(width, height) < 1:
             raise Impossible(
                 f"{group.tensor} is {rows} pictures of {width} x {height}",
-                f"send 1 to {MAX_ROWS} of at most {MAX_SIDE[group.format]} pixels a side as {group.format}",
+                f"send 1 to {MAX_ROWS} of at least one pixel",
             )
-        if channels == 4 and group.format == "jpeg":
-            raise Impossible(f"{group.tensor} has transparency, jpeg has not", "save it as png or webp")
-        for row in range(rows):
-            path = _path(job, group, row, rows, width, height)
+        told += picture_warnings(group, height, width, channels)
+        finite = finite_rows(tensor)
+        told += [not_a_picture(group, row) for row in range(rows) if row not in finite]
+        for row in finite:
+            path = picture_path(job, group, row if rows > 1 else None, (height, width, channels), room)
             files.append(NewFile(path, "picture", number, row, width, height))
+    if not files:
+        raise Impossible("; ".join(told), "look for the node that made it")
     pixels = sum(file.width * file.height for file in files)
     if pixels > MAX_PIXELS:
         raise TooLarge(f"the job has {pixels} pixels", f"send at most {MAX_PIXELS} in one job")
@@ -71,32 +93,60 @@ def plan(job: SaveJob, tensors: Mapping[str, Tensor], latent_channels: int, late
                 f"the heatmap {heatmap.tensor} is {tensor.dtype} {list(tensor.shape)}",
                 "send floating [h, w] or [B, h, w]",
             )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise Impossible(f"{name} holds NaN or infinity", "look for the node that made it")
+        if not torch.isfinite(tensor).all():
+            raise Impossible(f"{heatmap.tensor} holds NaN or infinity", "look for the node that made it")
     if job.heatmaps:
         folder = render(job.save_path, _variables(job), job.created) / HEATMAPS
-        files.append(NewFile(folder / f"{job.job_id}.safetensors", "heatmaps"))
-    return files
+        path = PurePosixPath(*fitted(folder.parts, room), f"{job.job_id}.safetensors")
+        files.append(NewFile(path, "heatmaps"))
+    return files, told
+
+
+def finite_rows(tensor: Tensor) -> list[int]:
+    """The batch rows without NaN and infinity: what a picture can be made of."""
+    return torch.isfinite(tensor).flatten(1).all(1).nonzero().flatten().tolist()
+
+
+def not_a_picture(group: PictureGroup, row: int) -> str:
+    return f"row {row} of {group.tensor} holds NaN or infinity, and makes no picture"
 
 
 def warnings(job: SaveJob) -> list[str]:
-    """What will be saved otherwise than asked."""
+    """What will be saved otherwise than asked, whatever the tensors are."""
     jpegs = [group for group in job.groups if group.format == "jpeg"]
-    left_out = [jpeg_exif(workflow_texts(job), generation_texts(job, group, 0))[1] for group in jpegs]
-    return sorted({warning for warning in left_out if warning})
+    left_out = {jpeg_exif(workflow_texts(job), generation_texts(job, group, 0))[1] for group in jpegs}
+    known = (*_variables(job), "batch_num")
+    unknown = dict.fromkeys(unknown_variables(f"{job.save_path}/{job.filename}", known))
+    return [
+        *sorted(left_out - {None}),
+        *(f"{name} is no variable that the saver knows, and stays in the name as it is" for name in unknown),
+    ]
 
 
-def _path(job: SaveJob, group: PictureGroup, row: int, rows: int, width: int, height: int) -> PurePosixPath:
-    variables = _variables(job) | {"width": width, "height": height, "batch": f"{row:02d}"}
+def picture_warnings(group: PictureGroup, height: int, width: int, channels: int) -> list[str]:
+    """What becomes of a format that cannot hold such pictures."""
+    if fitting(group.format, height, width, channels) == group.format:
+        return []
+    kind = "transparent pictures" if channels == 4 else "pictures"
+    return [f"{group.tensor} is saved as png: {group.format} holds no {kind} of {width} x {height}"]
+
+
+def picture_path(
+    job: SaveJob, group: PictureGroup, row: int | None, shape: tuple[int, int, int], room: int = MAX_PATH_BYTES
+) -> PurePosixPath:
+    """The file of a picture [H, W, C], in batch row `row` of several."""
+    variables = _variables(job) | {"height": shape[0], "width": shape[1]}
+    variables |= {"batch": f"{row or 0:02d}", "batch_num": row or 0}
     name = render(job.filename, variables, job.created)
-    if name.name == "":
-        raise Malformed(f"the filename template {job.filename!r} gives no name", "write at least one letter")
+    if not name.name:
+        name = render(SaveJob.model_fields["filename"].default, variables, job.created)
     folder = render(job.save_path, variables, job.created) / name.parent
-    if group.subdir and group.affix:
-        folder /= render(group.affix, {}, job.created)
-    number = row if rows > 1 and "%batch%" not in job.filename else None
-    return picture_name(folder, name.name, group.affix, number, EXTENSIONS[group.format])
+    affix = render(group.affix, variables, job.created)
+    if group.subdir:
+        folder /= affix
+    number = None if "%batch%" in job.filename or "%batch_num%" in job.filename else row
+    extension = EXTENSIONS[fitting(group.format, *shape)]
+    return picture_name(folder, name.name, "_".join(affix.parts), number, extension, room)
 
 
 def _variables(job: SaveJob) -> dict[str, object]:
@@ -107,7 +157,7 @@ def _variables(job: SaveJob) -> dict[str, object]:
 
 
 def _size(group: PictureGroup, tensor: Tensor, latent_channels: int, latent_scale: int) -> tuple[int, int, int, int]:
-    """Rows, width, height and channels of the pictures."""
+    """Rows, height, width and channels of the pictures."""
     shape = tuple(tensor.shape)
     if group.source == "latent":
         if len(shape) != 4 or shape[1] != latent_channels or tensor.dtype not in _FLOATING:
@@ -115,9 +165,9 @@ def _size(group: PictureGroup, tensor: Tensor, latent_channels: int, latent_scal
                 f"the latent {group.tensor} is {tensor.dtype} {list(shape)}",
                 f"send floating [B, {latent_channels}, h, w]",
             )
-        return shape[0], shape[3] * latent_scale, shape[2] * latent_scale, 3
+        return shape[0], shape[2] * latent_scale, shape[3] * latent_scale, 3
     if len(shape) != 4 or shape[3] not in (3, 4) or tensor.dtype not in (*_FLOATING, torch.uint8):
         raise Malformed(
             f"the image {group.tensor} is {tensor.dtype} {list(shape)}", "send floating 0..1 or uint8 [B, H, W, 3 or 4]"
         )
-    return shape[0], shape[2], shape[1], shape[3]
+    return shape

@@ -1,7 +1,8 @@
 """A message and its tensors as one safetensors blob, and tensors named by their content.
 
 The message travels as JSON in the blob's metadata under the key `luna`. A tensor whose strides are channels-last is
-named in `channels_last` there: kernels choose their arithmetic by strides, so dropping them changes the last bits.
+named in `channels_last` there: kernels choose their arithmetic by strides, so dropping them changes the last bits. A
+message too large for a header is a uint8 tensor of JSON, and `message` is that tensor's name.
 
 Written and read here rather than by the safetensors library, which puts a blob together in memory of its own: a tensor
 is copied once on its way out, straight to where the blob is wanted, and on its way in only where it is not aligned.
@@ -20,7 +21,10 @@ from luna_protocol.alignment import ALIGNMENT, aligned
 from luna_protocol.errors import Malformed, TooLarge
 
 METADATA_KEY = "luna"
+_MESSAGE = "luna.message"
 MAX_HEADER_BYTES = 4 << 20
+MAX_MESSAGE_BYTES = 32 << 20
+_MAX_INLINE_BYTES = 1 << 20  # in a header every quotation mark takes another byte
 _MAX_ELEMENTS = 1 << 48
 _DTYPES = {
     "F64": torch.float64,
@@ -57,7 +61,16 @@ class Blob:
     def __init__(self, message: BaseModel, tensors: Mapping[str, Tensor]):
         strided = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
         told = {"message": message.model_dump(mode="json"), "channels_last": strided}
-        header: dict[str, dict] = {"__metadata__": {METADATA_KEY: json.dumps(told)}}
+        text = json.dumps(told)
+        if len(text) > _MAX_INLINE_BYTES:
+            content = json.dumps(told["message"]).encode()
+            if len(content) > MAX_MESSAGE_BYTES:
+                raise TooLarge(
+                    f"the message is {len(content)} bytes of JSON", f"at most {MAX_MESSAGE_BYTES} can be sent"
+                )
+            tensors = {**tensors, _MESSAGE: torch.frombuffer(bytearray(content), dtype=torch.uint8)}
+            text = json.dumps(told | {"message": _MESSAGE})
+        header: dict[str, dict] = {"__metadata__": {METADATA_KEY: text}}
         # By falling power of two in their sizes: then each begins at a multiple of its own, without the gaps that
         # safetensors forbids.
         self._tensors = sorted(tensors.items(), key=lambda item: -(item[1].nbytes & -item[1].nbytes))
@@ -73,7 +86,9 @@ class Blob:
             }
         text = json.dumps(header).encode()
         if len(text) > MAX_HEADER_BYTES - ALIGNMENT:
-            raise TooLarge(f"the message is {len(text)} bytes of JSON", f"at most {MAX_HEADER_BYTES} can be sent")
+            raise TooLarge(
+                f"{len(tensors)} tensors make {len(text)} bytes of header", f"at most {MAX_HEADER_BYTES} can be sent"
+            )
         self._header = text + b" " * (-(8 + len(text)) % ALIGNMENT)
         self.size = 8 + len(self._header) + end
 
@@ -132,6 +147,8 @@ def unpack(blob: bytes | bytearray | memoryview) -> tuple[dict, dict[str, Tensor
     for name in strided:
         if name in tensors and tensors[name].ndim == 4:
             tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+    if isinstance(message, str):
+        message = _message_of(tensors.pop(message, None))
     return message, tensors
 
 
@@ -176,19 +193,38 @@ def _header(view: memoryview) -> tuple[dict, memoryview]:
     return header, view[8 + size :]
 
 
-def _told(header: dict) -> tuple[dict, list[str]]:
-    """The message and the names of channels-last tensors; takes the metadata out of `header`."""
+def _told(header: dict) -> tuple[dict | str, list[str]]:
+    """The message, or the name of the tensor that holds it, and the names of channels-last tensors; takes the metadata
+    out of `header`."""
     try:
         told = json.loads(header.pop("__metadata__")[METADATA_KEY])
         message, strided = told["message"], told.get("channels_last", [])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Malformed(
-            f"the blob carries no message: {error!r}",
-            f"put the request's JSON into its metadata under '{METADATA_KEY}'",
-        ) from error
-    if not isinstance(message, dict) or not isinstance(strided, list):
+        raise _no_message(error) from error
+    if not isinstance(message, dict | str) or not isinstance(strided, list):
         raise Malformed("the blob's message is not an object", 'send {"message": {...}, "channels_last": []}')
     return message, [name for name in strided if isinstance(name, str)]
+
+
+def _message_of(tensor: Tensor | None) -> dict:
+    if tensor is None or tensor.dtype != torch.uint8 or tensor.numel() > MAX_MESSAGE_BYTES:
+        raise Malformed(
+            "the blob's message is in no tensor of it", f"send it as uint8, at most {MAX_MESSAGE_BYTES} bytes"
+        )
+    try:
+        message = json.loads(bytes(_bytes(tensor)))
+    except (ValueError, RecursionError) as error:
+        raise _no_message(error) from error
+    if not isinstance(message, dict):
+        raise Malformed("the blob's message is not an object", 'send {"kind": ...} in the tensor that has it')
+    return message
+
+
+def _no_message(error: Exception) -> Malformed:
+    return Malformed(
+        f"the blob carries no message: {error!r}",
+        f"put the request's JSON into its metadata under '{METADATA_KEY}'",
+    )
 
 
 def _begin(name: str, entry: object) -> tuple[int, int]:

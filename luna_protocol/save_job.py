@@ -9,7 +9,8 @@ from luna_protocol.messages import Message, Name, Request
 # Lower case only: ids that differ in case alone must not meet in one file name on Windows or macOS.
 JobId = Annotated[str, StringConstraints(pattern=r"^[0-9a-z][0-9a-z_-]{7,63}$")]
 Client = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,64}$")]
-Template = Annotated[str, StringConstraints(max_length=512)]
+MAX_TEMPLATE, MAX_AFFIX = 512, 64
+Template = Annotated[str, StringConstraints(max_length=MAX_TEMPLATE)]
 PictureFormat = Literal["png", "png16", "webp", "jpeg"]
 JobState = Literal["queued", "running", "done", "dead", "cancelled"]
 # PNG's rule for the keyword of a text chunk, less Latin-1, which EXIF has not: no space at either end, at most 79.
@@ -23,13 +24,13 @@ class PictureGroup(Message):
         source: "latent", then the tensor is [B, C, h, w] in ComfyUI's LATENT space; or "image", then it is
             [B, H, W, 3 or 4], floating 0..1 or uint8.
         tensor: its name in the blob.
-        affix: goes into the file's name and, with `subdir`, names a folder of its own.
+        affix: goes into the file's name and, with `subdir`, names a folder of its own; may hold template variables.
         format: png16 is a PNG of 16 bits a channel.
     """
 
     source: Literal["latent", "image"]
     tensor: Name
-    affix: Annotated[str, StringConstraints(max_length=64)] = ""
+    affix: Annotated[str, StringConstraints(max_length=MAX_AFFIX)] = ""
     format: PictureFormat = "webp"
     subdir: bool = True
 
@@ -45,7 +46,7 @@ class Heatmap(Message):
 
 
 class SaveJob(Request):
-    """Decode (where they are latents) and save up to five batches of pictures; answered at once by `SaveAccepted`.
+    """Decode (where they are latents) and save up to ten batches of pictures; answered at once by `SaveAccepted`.
 
     Tensors: one per group and per heatmap, named there.
 
@@ -55,7 +56,8 @@ class SaveJob(Request):
         priority: higher goes first.
         save_path: folder under the output root; may hold template variables.
         filename: %model_name% %model_path% %model_dir% %index% %time:YYYY_mm_dd.HH.MM.SS% %seed% %width% %height%
-        %batch%.
+            %batch%, and those of ComfyUI's Save Image: %date:yyyy-MM-dd% %year% %month% %day% %hour% %minute% %second%
+            %batch_num%. Others stay as they are.
         save_mode: "database_store" also writes a row per picture.
         min_quality: 0..1; pictures that score lower in `quality_gate` go to a `_discarded` folder.
         png_compression: 0 (stored) to 9 (smallest).
@@ -71,7 +73,7 @@ class SaveJob(Request):
     job_id: JobId
     client: Client = "anonymous"
     priority: int = Field(default=0, ge=-100, le=100)
-    groups: list[PictureGroup] = Field(min_length=1, max_length=5)
+    groups: list[PictureGroup] = Field(min_length=1, max_length=10)
     heatmaps: list[Heatmap] = Field(default=[], max_length=64)
     save_path: Template = ""
     filename: Template = "%time:YYYY_mm_dd.HH.MM.SS%_%model_name%"
@@ -103,7 +105,8 @@ class SaveAccepted(Message):
 
     files: paths under the output root, in the order of groups and batch rows. position: jobs before this one, 0 is
     next.
-    warnings: what will be saved otherwise than asked, such as a workflow that JPEG's 64 KB cannot hold.
+    warnings: what will be saved otherwise than asked, such as a workflow that JPEG's 64 KB cannot hold, or a batch row
+    with NaN, which makes no picture.
     """
 
     kind: Literal["save_accepted"] = "save_accepted"
@@ -145,7 +148,8 @@ class SavedFile(Message):
 
 
 class JobStatus(Message):
-    """reason: of the last failure. retry_in: seconds until the next try. Times are seconds since 1970."""
+    """reason: of the last failure, or why a job that is done has latents where pictures were due. retry_in: seconds
+    until the next try. Times are seconds since 1970."""
 
     job_id: JobId
     client: Client

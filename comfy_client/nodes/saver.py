@@ -1,21 +1,30 @@
 """Luna Multi Saver (Async): latents to pictures on the server while ComfyUI samples on."""
 
+import logging
 import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy.cli_args import args
+from comfy.model_management import InterruptProcessingException
 from server import PromptServer
 
 from comfy_client import local
+from comfy_client.faults import Unreachable
 from comfy_client.notice import warn
 from comfy_client.proxies.vae import RemoteAutoencoder
 from comfy_client.queue_watch import QueueWatch
-from comfy_client.saving import Batch, job_of, save_here
-from luna_protocol.errors import Unavailable
+from comfy_client.saving import Batch, job_of
+from comfy_client.saving_here import save_here
+from luna_pictures.filenames import check_template
+from luna_protocol.errors import Impossible, Malformed
 from luna_protocol.messages import validate
 from luna_protocol.save_job import SaveAccepted, SaveJob
+
+log = logging.getLogger(__name__)
 
 _SLOTS = range(1, 6)
 _AFFIXES = ("ORIG", "UPSCALED", "DETAILED", "FINAL", "IMAGE5")
@@ -50,7 +59,7 @@ class LunaMultiSaver:
                 {
                     "default": "%time:YYYY_mm_dd.HH.MM.SS%_%model_name%",
                     "tooltip": "%model_name% %model_path% %model_dir% %index% %time:YYYY_mm_dd.HH.MM.SS% %seed% "
-                    "%width% %height% %batch%",
+                    "%width% %height% %batch%, and all of Save Image: %date:yyyy-MM-dd% %year% %KSampler.steps% ...",
                 },
             ),
             "save_mode": (
@@ -106,53 +115,90 @@ class LunaMultiSaver:
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "node": "UNIQUE_ID"},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, save_path: str | None, filename: str | None) -> bool | str:
+        for name, template in (("save_path", save_path), ("filename", filename)):
+            try:
+                check_template(template or "")  # None where another node gives it
+            except Malformed as error:
+                return f"{name}: {error}"
+        return True
+
     def save(self, vae: Any, node: str, prompt: Any = None, extra_pnginfo: dict | None = None, **inputs: Any):
         slots = {slot: {key: inputs.pop(f"{key}_{slot}") for key in ("affix", "format", "subdir")} for slot in _SLOTS}
-        given = {slot: (inputs.pop(f"latent_{slot}", None), inputs.pop(f"image_{slot}", None)) for slot in _SLOTS}
-        batches = [
-            Batch(slot, **slots[slot], latent=latent and latent["samples"], image=image)
-            for slot, (latent, image) in given.items()
-            if slots[slot]["format"] != "no save" and (latent is not None or image is not None)
-        ]
+        batches = []
+        for slot, chosen in slots.items():
+            latent, image = inputs.pop(f"latent_{slot}", None), inputs.pop(f"image_{slot}", None)
+            given = [{"latent": latent and latent["samples"]}, {"image": image}]
+            if chosen["format"] != "no save":
+                batches += [Batch(slot, **chosen, **each) for each in given if None not in each.values()]
         maps = {pair: inputs.pop("heatmap_{}_{}".format(*pair), None) for pair in _HEATMAPS}
-        job, tensors = job_of(
+        job, tensors, notes = job_of(
             batches,
             {pair: tensor for pair, tensor in maps.items() if tensor is not None},
             client=f"{socket.gethostname()[:50]}:{args.port}",
-            metadata=inputs.pop("metadata", None) or {},
             prompt=prompt,
-            extra_pnginfo=extra_pnginfo or {},
+            extra_pnginfo=extra_pnginfo,
             **inputs,
         )
-        files = self._send(vae, job, tensors, node)
-        return {"ui": {"text": files}, "result": (job.job_id, "\n".join(files))}
-
-    def _send(self, vae: Any, job: SaveJob, tensors: dict[str, Any], node: str) -> list[str]:
-        autoencoder = vae.first_stage_model
-        if not isinstance(autoencoder, RemoteAutoencoder):
-            return _save_locally(job, tensors, vae, "the VAE is ComfyUI's own")
-        remote = autoencoder.remote
-        try:
-            message, _ = remote.ask(job, tensors)
-        except Unavailable as error:
-            own = local.loaded({"vae": remote.model.checkpoint})["vae"]
-            return _save_locally(job, tensors, own, str(error))
-        accepted = validate(SaveAccepted, message)
-        for warning in accepted.warnings:
-            warn(f"Luna Multi Saver: {warning}")
-        _WATCH.follow(remote.replicas.server, job.job_id, node)
-        return accepted.files
+        files, others = _send(vae, job, tensors, node)
+        for note in (notes := notes + others):
+            warn(f"Luna Multi Saver: {note}")
+        return {"ui": {"text": [*files, *notes]}, "result": (job.job_id, "\n".join(files))}
 
 
-def _save_locally(job: SaveJob, tensors: dict[str, Any], vae: Any, why: str) -> list[str]:
-    files = save_here(job, tensors, vae.decode, Path(folder_paths.get_output_directory()))
+def _send(vae: Any, job: SaveJob, tensors: dict[str, Any], node: str) -> tuple[list[str], list[str]]:
+    """The files, and what is saved otherwise than asked: by the server, or here where that fails for any reason."""
+    autoencoder = getattr(vae, "first_stage_model", None)
+    if not isinstance(autoencoder, RemoteAutoencoder):
+        return _save_locally(job, tensors, [vae.decode], "the VAE is ComfyUI's own")
+    remote = autoencoder.remote
+    try:
+        accepted = validate(SaveAccepted, remote.ask(job, tensors)[0])
+    except InterruptProcessingException:
+        raise
+    except Exception as error:
+        log.info("the server did not take job %s", job.job_id, exc_info=error)
+        own = cache(lambda: local.loaded({"vae": remote.model.checkpoint})["vae"])
+        ways = [] if isinstance(error, Unreachable) else [vae.decode]
+        return _save_locally(job, tensors, [*ways, lambda latent: own().decode(latent)], str(error))
+    _WATCH.follow(remote.replicas.server, job.job_id, node)
+    return accepted.files, accepted.warnings
+
+
+def _save_locally(
+    job: SaveJob, tensors: dict[str, Any], ways: list[Callable[[Any], Any]], why: str
+) -> tuple[list[str], list[str]]:
+    output, spare = Path(folder_paths.get_output_directory()), Path(folder_paths.get_temp_directory())
+    try:
+        files, notes = save_here(job, tensors, _first_that_works(ways), [output, spare])
+    except Impossible as error:
+        raise Impossible(str(error), f"ComfyUI tried, because {why}") from error
     lacking = [
         *(["database rows"] if job.save_mode == "database_store" else []),
         *(["heatmaps"] if job.heatmaps else []),
     ]
     without = f", without {' and '.join(lacking)}" if lacking else ""
-    warn(f"Luna Multi Saver: ComfyUI decoded and saved {len(files)} pictures itself{without}, because {why}")
-    return files
+    count = sum(not file.endswith(".latent") for file in files)
+    return files, [f"ComfyUI decoded and saved {count} pictures itself{without}, because {why}", *notes]
+
+
+def _first_that_works(ways: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Decodes in the first of these ways that does not fail, and stays with it."""
+    reasons = []
+
+    def decode(latent: Any) -> Any:
+        while ways:
+            try:
+                return ways[0](latent)
+            except InterruptProcessingException:
+                raise
+            except Exception as error:
+                reasons.append(str(error))
+                ways.pop(0)
+        raise Impossible(f"it could not be decoded: {'; '.join(reasons)}")
+
+    return decode
 
 
 NODES = {"LunaMultiSaver": LunaMultiSaver}

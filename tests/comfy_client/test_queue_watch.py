@@ -23,7 +23,7 @@ def test_saved_pictures_are_told_of_once(server: Server, torchserve: TorchServe,
     promised = {}
     for node in ("7", "8"):
         batch = Batch(1, node, "png", False, latent=torch.zeros(2, 4, 8, 8))
-        job, tensors = job_of([batch], {}, filename="watched")
+        job, tensors, _ = job_of([batch], {}, filename="watched")
         message, _ = server.call(f"{served_tiny}.vae", job, tensors)
         promised[node] = validate(SaveAccepted, message).files
         watch.follow(server, job.job_id, node)

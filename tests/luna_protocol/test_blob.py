@@ -6,8 +6,9 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from luna_protocol.blob import Blob, content_hash, pack, set_hash, unpack
-from luna_protocol.errors import Malformed
+from luna_protocol.errors import Malformed, TooLarge
 from luna_protocol.messages import UNetForward
+from luna_protocol.save_job import PictureGroup, SaveJob
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 
@@ -177,3 +178,36 @@ def test_set_hash_follows_names_and_content():
     one, two = torch.ones(2), torch.zeros(2)
     assert set_hash({"a": one, "b": two}) == set_hash({"b": two, "a": one})
     assert set_hash({"a": one, "b": two}) != set_hash({"a": two, "b": one})
+
+
+def test_a_message_too_large_for_a_header_travels_as_a_tensor(tensors):
+    job = SaveJob(
+        job_id="job-00001",
+        groups=[PictureGroup(source="image", tensor="odd")],
+        created=1,
+        prompt={"1": '"\\日' * 900_000},
+    )
+    blob = pack(job, tensors)
+    message, back = unpack(blob)
+    assert message == job.model_dump(mode="json")
+    assert back.keys() == tensors.keys() and all(same(tensors[name], back[name]) for name in tensors)
+    assert load(bytes(blob)).keys() == tensors.keys() | {"luna.message"}
+    with pytest.raises(TooLarge, match="bytes of JSON"):
+        pack(job.model_copy(update={"prompt": "p" * (32 << 20)}), {})
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {},
+        {"m": torch.zeros(4)},
+        {"m": torch.tensor(list(b"[1]"), dtype=torch.uint8)},
+        {"m": torch.tensor(list(b'{"a":'), dtype=torch.uint8)},
+        {"m": torch.tensor(list(b"[" * 90_000), dtype=torch.uint8)},
+        {"m": torch.tensor([0xFF, 0xFE, 0xFD], dtype=torch.uint8)},
+    ],
+    ids=["missing", "floats", "list", "half", "deep", "no text"],
+)
+def test_a_tensor_that_holds_no_message_is_malformed(held):
+    with pytest.raises(Malformed, match="message"):
+        unpack(save(held, metadata={"luna": json.dumps({"message": "m"})}))

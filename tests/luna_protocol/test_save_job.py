@@ -45,7 +45,7 @@ def test_a_job_says_little_and_means_the_defaults():
         {"client": "nul \0"},
         {"filename": "x" * 513},
         {"groups": []},
-        {"groups": [{"source": "latent", "tensor": f"t{n}"} for n in range(6)]},
+        {"groups": [{"source": "latent", "tensor": f"t{n}"} for n in range(11)]},
         {"groups": [{"source": "latent", "tensor": "a"}, {"source": "image", "tensor": "a"}]},
         {"groups": [{"source": "latent", "tensor": "a", "affix": "x" * 65}]},
         {"extra_pnginfo": {"key\nwith newline": 1}},

@@ -20,8 +20,8 @@ from handlers.engine.saving.job_owner import count_living
 from handlers.engine.saving.job_report import report
 from handlers.engine.saving.job_store import JobStore, Limits, NewJob
 from handlers.engine.saving.job_tables import SCHEMA, VERSION, VERSIONS
-from luna_pictures.filenames import inside
-from luna_pictures.plan import plan, warnings
+from luna_pictures.filenames import inside, room_below
+from luna_pictures.plan import plan
 from luna_protocol.blob import pack
 from luna_protocol.errors import Broken, LunaError, Unavailable
 from luna_protocol.save_job import (
@@ -74,7 +74,7 @@ class DecodeQueue:
             Malformed, Impossible, TooLarge: it cannot be done.
             Unavailable: the queue or the disk is full.
         """
-        files = plan(job, tensors, channels, scale)
+        files, told = plan(job, tensors, channels, scale, room_below(self.output))
         for file in {file.path.parent: file for file in files}.values():
             inside(self.output, file.path)
         blob = pack(job.model_copy(update={"references": {}}), tensors)
@@ -86,7 +86,7 @@ class DecodeQueue:
             blob=blob,
             digest=hashlib.blake2b(blob, digest_size=16).hexdigest(),
             files=files,
-            warnings=warnings(job),
+            warnings=told,
         )
         try:
             reply = self.store.submit(new)

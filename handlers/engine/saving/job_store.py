@@ -303,10 +303,11 @@ class JobStore:
             db.execute(update(FILES).where(_is(claim, position)).values(**name))
         return PurePosixPath(name["path"])
 
-    def finish(self, claim: Claim, seconds: float | None) -> None:
-        """Done: all files have their names. `seconds` is what it took of the pipeline, None if unknown."""
+    def finish(self, claim: Claim, seconds: float | None, reason: str = "") -> None:
+        """Done: all files have their names. `seconds` is what it took of the pipeline, None if unknown; `reason` why
+        some are no pictures."""
         with self._held(claim) as db:
-            self._set(db, claim, state="done", owner=None, finished=time.time(), seconds=seconds, reason="")
+            self._set(db, claim, state="done", owner=None, finished=time.time(), seconds=seconds, reason=reason)
             db.execute(delete(PAYLOADS).where(PAYLOADS.c.number == claim.number))
 
     def fail(self, claim: Claim, reason: str, *, forever: bool = False, counts: bool = True) -> None:

@@ -20,6 +20,9 @@ from handlers.engine.saving.picture_records import PictureRecords
 from handlers.engine.saving.watcher import Watcher
 from luna_pictures.encoding import encode, thumbnail
 from luna_pictures.filenames import DISCARDED, discarded, inside
+from luna_pictures.latent import EXTENSION, latent_file
+from luna_pictures.metadata import workflow_texts
+from luna_pictures.plan import finite_rows
 from luna_pictures.quality_gate import quality
 from luna_protocol.blob import unpack
 from luna_protocol.errors import Impossible
@@ -30,10 +33,11 @@ Observe = Callable[[str, float], None]
 
 @dataclass
 class Decoded:
-    """A job's pictures in memory: arrays [H, W, 3 or 4], floating 0..1 or uint8, in the order of its file rows."""
+    """A job's pictures in memory: arrays [H, W, 3 or 4], floating 0..1 or uint8, in the order of its file rows; or the
+    latent [1, C, h, w] of which the VAE made NaN."""
 
     job: SaveJob
-    pictures: list[tuple[PictureGroup, int, np.ndarray]]
+    pictures: list[tuple[PictureGroup, int, np.ndarray | Tensor]]
     heatmaps: Mapping[str, Tensor]
     seconds: float
 
@@ -62,21 +66,25 @@ class JobWork:
 
         Raises:
             LostClaim: the job was cancelled.
-            Impossible: the VAE gave NaN.
+            Impossible: the VAE gave nothing but NaN.
         """
         job, tensors = self._load(claim)
         begun = time.monotonic()
         pictures = []
         for group in job.groups:
             tensor = tensors[group.tensor]
-            images = _on_cpu(self._decode(tensor) if group.source == "latent" else tensor)
-            if images.dtype != np.uint8 and not np.isfinite(images).all():
-                raise Impossible(
-                    f"the VAE made NaN of {group.tensor}", "fp16 overflows in some VAEs: serve this one as bf16 or fp32"
-                )
-            if len(images) != len(tensor):
-                raise Impossible(f"the VAE made {len(images)} pictures of {group.tensor}", f"{len(tensor)} were due")
-            pictures += [(group, row, image) for row, image in enumerate(images)]
+            if not (rows := finite_rows(tensor)):
+                continue
+            given = tensor if len(rows) == len(tensor) else tensor[rows]
+            images = _on_cpu(self._decode(given) if group.source == "latent" else given)
+            if len(images) != len(rows):
+                raise Impossible(f"the VAE made {len(images)} pictures of {group.tensor}", f"{len(rows)} were due")
+            for row, image in zip(rows, images, strict=True):
+                pictures.append((group, row, image if np.isfinite(image).all() else tensor[row : row + 1]))
+        if all(isinstance(picture, Tensor) for _, _, picture in pictures):
+            raise Impossible(
+                "the VAE made NaN of every latent", "fp16 overflows in some VAEs: serve this one as bf16 or fp32"
+            )
         seconds = time.monotonic() - begun
         self._observe("decode", seconds)
         return Decoded(job, pictures, {part.tensor: tensors[part.tensor] for part in job.heatmaps}, seconds)
@@ -130,7 +138,8 @@ class JobWork:
         recorded = job.save_mode == "database_store"
         if recorded:
             self._record(claim, job)
-        self._store.finish(claim, seconds)
+        latents = [file.path for file in files if file.path.endswith(EXTENSION)]
+        self._store.finish(claim, seconds, f"the VAE made NaN of {', '.join(latents)}" if latents else "")
         self._observe("total", time.time() - claim.submitted)
         if recorded and self._watcher is not None:
             self._tell_watcher(claim, job)
@@ -151,8 +160,11 @@ class JobWork:
         return SaveJob.model_validate(message, extra="ignore"), tensors
 
     def _write_picture(
-        self, claim: Claim, job: SaveJob, file: Row, group: PictureGroup, row: int, picture: np.ndarray
+        self, claim: Claim, job: SaveJob, file: Row, group: PictureGroup, row: int, picture: np.ndarray | Tensor
     ) -> StagedFile:
+        if isinstance(picture, Tensor):
+            path = PurePosixPath(file.path).with_suffix(EXTENSION)
+            return self._write(claim, file.position, path, latent_file(picture, workflow_texts(job)))
         if picture.shape[:2] != (file.height, file.width):
             raise Impossible(f"the VAE made {picture.shape} of {group.tensor}", f"{file.height} x {file.width} was due")
         score = quality(picture, job.quality_gate)
@@ -191,7 +203,7 @@ class JobWork:
 
     def _record(self, claim: Claim, job: SaveJob) -> None:
         rows = self._store.files(claim.number)
-        pictures = [file for file in rows if file.kind == "picture"]
+        pictures = [file for file in rows if _is_picture(file)]
         heatmaps = [file.path for file in rows if file.kind == "heatmaps"]
         self._records.store(job, pictures, heatmaps[0] if heatmaps else None)
 
@@ -199,9 +211,13 @@ class JobWork:
         # The record has the metadata already; what a watcher may add is its own analysis of the picture.
         flags = {"skip_metadata": True, "run_ai_only": True}
         for file in self._store.files(claim.number):
-            if file.kind == "picture" and not file.discarded:
+            if _is_picture(file) and not file.discarded:
                 event = {"event": "picture_saved", "job_id": job.job_id, "path": file.path, "sha256": file.sha256}
                 self._watcher.tell(event | flags)
+
+
+def _is_picture(file: Row) -> bool:
+    return file.kind == "picture" and not file.path.endswith(EXTENSION)
 
 
 def _on_cpu(images: Tensor) -> np.ndarray:

@@ -22,6 +22,7 @@ from sqlalchemy import (
 )
 
 from handlers.engine.saving.database import open_database
+from luna_pictures.encoding import EXTENSIONS
 from luna_pictures.metadata import model_texts, plain
 from luna_protocol.save_job import PictureGroup, SaveJob
 
@@ -97,7 +98,7 @@ def _picture_fields(file: Row, group: PictureGroup) -> dict[str, Any]:
         "bytes": file.bytes,
         "width": file.width,
         "height": file.height,
-        "format": group.format,
+        "format": group.format if file.path.endswith(EXTENSIONS[group.format]) else "png",
         "image_type": plain(group.affix),
         "batch_index": file.row,
         "discarded": file.discarded,
