@@ -168,6 +168,13 @@ app.registerExtension({
     text("Luna.Server.Metrics", "Metrics address", "http://127.0.0.1:8082", "TorchServe's metrics address; LUNA_METRICS overrides it."),
     text("Luna.Server.TokenFile", "Token file", "", "Path of the server's key_file.json as ComfyUI's own machine sees it; LUNA_TOKEN_FILE overrides it."),
   ],
+  // As on ComfyUI's own Save Image: %date:yyyy-MM-dd% and %Node title.widget% are filled in as the workflow is sent.
+  nodeCreated(node) {
+    if (node.comfyClass !== "LunaMultiSaver") return;
+    for (const widget of node.widgets.filter(({ name }) => /^(save_path|filename|affix_\d)$/.test(name))) {
+      widget.serializeValue = () => window.comfyAPI?.utils?.applyTextReplacements?.(app, widget.value) ?? widget.value;
+    }
+  },
   async setup() {
     document.head.append(element("style", { textContent: STYLE }));
     app.extensionManager.registerSidebarTab({

@@ -1,6 +1,8 @@
 """Luna Multi Saver and Luna Queue Status in a real ComfyUI."""
 
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from serving.torchserve import Ports, TorchServe
+from tests.comfyui.browser import browser
 from tests.comfyui.comfyui import ComfyUI, Graph, Output, RunFailed
 from tests.comfyui.workflows import empty, encode, local, remote, sample
 from tests.conftest import connect
@@ -47,9 +50,16 @@ def pictures(folder: Path, names: list[str], seconds: float = 60) -> list[Path]:
     return paths
 
 
-def promised(run, g: Graph) -> list[str]:
+def told(run, g: Graph) -> tuple[list[str], list[str]]:
+    """The files that the saver names, and what it says besides."""
     node = next(name for name, node in g.nodes.items() if node["class_type"] == "LunaMultiSaver")
-    return run.history["outputs"][node]["text"]
+    texts = run.history["outputs"][node]["text"]
+    files = [text for text in texts if Path(text).suffix in (".png", ".webp", ".latent")]
+    return files, texts[len(files) :]
+
+
+def promised(run, g: Graph) -> list[str]:
+    return told(run, g)[0]
 
 
 def pixels(path: Path) -> numpy.ndarray:
@@ -87,20 +97,65 @@ def test_the_next_batch_does_not_wait_for_the_pictures(comfyui: ComfyUI) -> None
     saver(g, vae, latent_1=latent)
     status = g("LunaQueueStatus", limit=3)
     run = comfyui.run(g)
-    told = run.history["outputs"][status.node]["text"][0]
-    assert "jobs a minute" in told
+    assert "jobs a minute" in run.history["outputs"][status.node]["text"][0]
 
 
 def test_a_full_set_of_bad_inputs_is_told(comfyui: ComfyUI) -> None:
-    g = Graph()
-    _, _, vae = remote(g, CHECKPOINT)
-    saver(g, vae, latent_1=empty(g), save_path="../out")
-    with pytest.raises(RunFailed, match=r"leaves the output folder"):
-        comfyui.run(g)
+    for template, reason in (("../out", "leaves the output folder"), ("x" * 600, "600 characters")):
+        g = Graph()
+        _, _, vae = remote(g, CHECKPOINT)
+        saver(g, vae, latent_1=empty(g), save_path=template)
+        with pytest.raises(RunFailed, match=reason) as refused:
+            comfyui.run(g)
+        assert refused.value.node == "validation", "before anything is sampled"
     g = Graph()
     saver(g, remote(g, CHECKPOINT)[2])
     with pytest.raises(RunFailed, match="nothing to save"):
         comfyui.run(g)
+
+
+def test_what_can_be_saved_is_saved_and_the_rest_is_said(comfyui: ComfyUI, torchserve: TorchServe) -> None:
+    there, here = torchserve.store.parent / "output", comfyui.base / "output"
+    g = Graph()
+    _, _, vae = remote(g, CHECKPOINT)
+    nan = g("LatentMultiply", samples=empty(g), multiplier=float("nan"))
+    batch = g("LatentBatch", samples1=empty(g), samples2=nan)
+    saver(g, vae, latent_1=batch, filename="%date:yyyy%_%KSampler.seed%", affix_1="a" * 90)
+    files, notes = told(comfyui.run(g), g)
+    assert len(files) == 1 and re.fullmatch(r"luna/\d{4}_%KSampler\.seed%_a{64}_00\.png", files[0])
+    pictures(there, files)
+    for note in ("cut to 64", "row 1 of latent_1 holds NaN", "%KSampler.seed% is no variable"):
+        assert any(note in each for each in notes) and note in comfyui.log.read_text()
+
+    # A server that refuses the job decodes, and ComfyUI saves.
+    g = Graph()
+    _, _, vae = remote(g, CHECKPOINT)
+    heatmap = g("SolidMask", value=float("nan"), width=8, height=8)
+    saver(g, vae, latent_1=empty(g), heatmap_positive_original=heatmap, filename="refused")
+    files, notes = told(comfyui.run(g), g)
+    assert files == ["luna/refused_S1.png"] and (here / files[0]).is_file()
+    assert "itself, without heatmaps, because heatmap_positive_original holds NaN" in notes[0]
+
+
+def test_the_page_fills_in_save_images_templates(comfyui: ComfyUI) -> None:
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("chromium and chromedriver are not on the PATH")
+    comfyui.post("/settings", {"Comfy.TutorialCompleted": True})
+    with browser(chromium, chromedriver) as page:
+        page.open(comfyui.url)
+        page.until(lambda: page.script("return Boolean(LiteGraph.registered_node_types.LunaMultiSaver)"), "the node")
+        sent = page.script(
+            """
+            const [saver, latent] = ["LunaMultiSaver", "EmptyLatentImage"].map((type) => LiteGraph.createNode(type));
+            comfyAPI.app.app.graph.add(saver);
+            comfyAPI.app.app.graph.add(latent);
+            const given = { filename: "%date:yyyy%_%EmptyLatentImage.width%_%seed%", affix_1: "%year%" };
+            for (const name in given) saver.widgets.find((widget) => widget.name === name).value = given[name];
+            return comfyAPI.app.app.graphToPrompt().then(({ output }) => output[saver.id].inputs);
+            """
+        )
+    assert re.fullmatch(r"\d{4}_512_%seed%", sent["filename"]) and sent["affix_1"] == "%year%"
 
 
 def test_a_server_that_goes_away_in_a_run_costs_no_picture(models, luna, torchserve: TorchServe, tmp_path) -> None:

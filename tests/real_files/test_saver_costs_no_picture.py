@@ -27,7 +27,7 @@ BASE64 = "iVBORw0KGgo+/" * 170_000  # 2.2 MB, as nodes keep a painted mask in a 
 
 
 def a_job(*batches: Batch, **settings):
-    return job_of(batches or [latents("png")], {}, **({"filename": "x"} | settings))
+    return job_of(batches or [latents("png")], {}, **({"filename": "x", "png_compression": 6} | settings))
 
 
 def latents(picture_format: str, latent=LATENT, affix: str = "") -> Batch:
