@@ -17,6 +17,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from handlers.engine.memory_budget import device_key, gigabytes
+from handlers.engine.private_files import make_private_folder, replace_privately
 from luna_protocol.errors import Broken, OutOfMemory
 from luna_protocol.messages import Worker
 
@@ -42,7 +43,8 @@ class WorkerState:
 
     def __init__(self, run: Path, model: str, worker: Worker):
         self.folder = run / "workers"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (run, self.folder):
+            make_private_folder(folder)
         self.path = self.folder / f"{os.getpid()}.json"
         self.record = _Record(
             model=model, server_pid=os.getppid(), started=psutil.Process().create_time(), worker=worker
@@ -103,7 +105,7 @@ class WorkerState:
         deadline = time.monotonic() + seconds
         while True:
             # Two workers that start together must not both see the same room.
-            with FileLock(self.folder / "claims.lock"):
+            with FileLock(self.folder / "claims.lock", mode=0o600):
                 others = live_workers(self._run, self.record.server_pid)
                 taken = {
                     model: sum(each.weights_bytes for each in workers if device_key(each) == device and holds(each))
@@ -138,9 +140,7 @@ class WorkerState:
 
     def _write(self) -> None:
         with self._lock:
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text(self.record.model_dump_json())
-            os.replace(partial, self.path)
+            replace_privately(self.path, self.record.model_dump_json())
             self._written = time.monotonic()
             if self._late is not None:
                 self._late.cancel()

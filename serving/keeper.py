@@ -11,7 +11,6 @@ asked for the load.
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from pydantic import TypeAdapter
 
 from comfy_client.manager import Manager
 from handlers.engine.memory_budget import device_key, gigabytes
+from handlers.engine.private_files import replace_privately
 from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Worker, validate
@@ -65,9 +65,7 @@ class Registered:
         return Registered(self.workers | ours, self.default_versions | defaults)
 
     def write(self, run: Path) -> None:
-        partial = run / f"{_REGISTERED}.tmp"
-        partial.write_bytes(TypeAdapter(Registered).dump_json(self, indent=1))
-        os.replace(partial, run / _REGISTERED)
+        replace_privately(run / _REGISTERED, TypeAdapter(Registered).dump_json(self, indent=1).decode())
 
 
 class Keeper:
@@ -86,7 +84,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._loop, name="keeper", daemon=True)
 
     def start(self) -> None:
-        (self.run / KEEPER).touch()
+        (self.run / KEEPER).touch(0o600)
         self._thread.start()
 
     def stop(self) -> None:

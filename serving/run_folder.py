@@ -6,13 +6,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from handlers.engine.private_files import make_private_folder, replace_privately
+
 
 class RunFolder:
     """A folder for the state of a running server, taken from `take` to `release` or to the end of this process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = FileLock(path / "server.lock", timeout=0, thread_local=False)
+        self._lock = FileLock(path / "server.lock", timeout=0, mode=0o600, thread_local=False)
         # A file of its own: Windows lets nobody else read a locked one.
         self._owner = path / "server.pid"
 
@@ -22,7 +24,7 @@ class RunFolder:
         Raises:
             RuntimeError: it is another server's; the message names its process.
         """
-        self._path.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._path)
         try:
             self._lock.acquire()
         except Timeout as error:
@@ -32,7 +34,7 @@ class RunFolder:
             raise RuntimeError(
                 f"a server runs in {self._path} already (process {owner}): stop it, or give this one a --run of its own"
             ) from error
-        self._owner.write_text(str(os.getpid()))
+        replace_privately(self._owner, str(os.getpid()))
 
     def release(self) -> None:
         """Leave the folder to others. Safe to call twice."""

