@@ -1,6 +1,10 @@
 """What the nodes offer for choice: the server's checkpoints and LoRAs, by their file names."""
 
+import math
+import os
+import threading
 import time
+from collections.abc import Iterable
 
 from comfy_client.server import Server
 from luna_protocol.errors import LunaError, NotFound
@@ -11,21 +15,43 @@ _FRESH_SECONDS = 2.0
 
 
 class Catalog:
-    """The server's index, read again when older than two seconds; empty while the server cannot be reached."""
+    """The server's index as it was last seen. Threads of the catalog's own look: nobody who asks waits for a network.
+
+    While the server does not answer, what was last seen of it stays.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._of: Server | None = None
-        self._read = 0.0
         self._index = Index(models=[])
+        self._seen = -math.inf
+        self._look = threading.Thread()
 
     def index(self, server: Server) -> Index:
-        if self._of is not server or time.monotonic() - self._read > _FRESH_SECONDS:
-            try:
-                self._index = server.index()
-            except LunaError:
-                self._index = Index(models=[])
-            self._of, self._read = server, time.monotonic()
-        return self._index
+        """The last look's, empty before there was one; begins another where that is older than two seconds."""
+        with self._lock:
+            if self._of is not server:
+                self._of, self._index, self._seen = server, Index(models=[]), -math.inf
+            elif self._look.is_alive() or time.monotonic() - self._seen < _FRESH_SECONDS:
+                return self._index
+            self._look = threading.Thread(target=self._see, args=(server,), name="luna catalog", daemon=True)
+            self._look.start()
+            return self._index
+
+    def refreshed(self, server: Server, seconds: float) -> Index:
+        """As `index`, after waiting up to `seconds` for a look that is under way."""
+        self.index(server)
+        self._look.join(seconds)
+        return self.index(server)
+
+    def _see(self, server: Server) -> None:
+        try:
+            index = server.index()
+        except LunaError:
+            index = None
+        with self._lock:
+            if self._of is server:
+                self._index, self._seen = index or self._index, time.monotonic()
 
 
 def checkpoints(index: Index, role: str) -> list[str]:
@@ -39,13 +65,21 @@ def find(index: Index, role: str, checkpoint: str) -> ServedModel:
     Raises:
         NotFound: the store has no archive for it.
     """
-    for model in index.models:
-        if model.role == role and model.checkpoint == checkpoint and first_replica(model.name) == model.name:
-            return model
+    for spelling in (checkpoint, checkpoint.replace("\\", "/")):  # a workflow may come from Windows
+        for model in index.models:
+            if model.role == role and model.checkpoint == spelling and first_replica(model.name) == model.name:
+                return model
     known = ", ".join(checkpoints(index, role)) or "none"
     raise NotFound(
         f"the server has no {role} of {checkpoint!r}", f"it has: {known}. scripts/add_checkpoint.py adds one"
     )
+
+
+def spelt_once(served: Iterable[str], own: Iterable[str]) -> list[str]:
+    """Files of the server and of ComfyUI, each once: on Windows, ComfyUI writes backslashes in its own."""
+    own = set(own)
+    slashed = {name.replace(os.sep, "/") for name in own}
+    return sorted({*own, *(name for name in served if name not in slashed)})
 
 
 def replicas(index: Index, model: ServedModel) -> list[ServedModel]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPMessage, HTTPSConnection
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult
+
+from comfy_client.addresses import parsed
 
 
 @dataclass(frozen=True)
@@ -40,34 +42,36 @@ class Connections:
 
     Args:
         address: http://host:port, or https, and a path before all others if there is one.
-        connect, answer: seconds to wait for a connection, and for each piece of an answer.
+        connect: seconds to wait for a connection.
         idle: connections kept while nobody uses them.
     """
 
-    def __init__(self, address: str, connect: float, answer: float, idle: int = 8):
-        parts = urlsplit(address)
-        self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._host, self._port, self._path = parts.hostname, parts.port, parts.path
-        self._connect, self._answer = connect, answer
+    def __init__(self, address: str, connect: float, idle: int = 8):
+        self._address, self._connect = address, connect
         self._idle: deque[HTTPConnection] = deque(maxlen=idle)
 
-    def exchange(self, method: str, path: str, headers: dict[str, str], body: Iterable[memoryview]) -> Response:
-        """One request and its whole answer, whatever its status.
+    def exchange(
+        self, method: str, path: str, headers: dict[str, str], body: Iterable[memoryview], seconds: float
+    ) -> Response:
+        """One request and its whole answer, whatever its status; each piece of the answer may take `seconds`.
 
         Raises:
+            Malformed: the address is none.
             NotConnected: nothing answers there.
             TimeoutError: no answer in time.
             ConnectionError, http.client.HTTPException: the connection broke, perhaps as it was kept for too long; all
                 kept ones are dropped.
         """
+        parts = parsed(self._address)
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._open()
+            connection = self._open(parts)
         try:
+            connection.sock.settimeout(seconds)
             # A server may answer, and close, before it has read all of a body that is too large.
             with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, self._path + path, body, headers)
+                connection.request(method, parts.path + path, body, headers)
             answer = connection.getresponse()
             response = Response(answer.status, answer.headers, answer.read())
         except BaseException:
@@ -78,13 +82,13 @@ class Connections:
             self._idle.append(connection)
         return response
 
-    def _open(self) -> HTTPConnection:
-        connection = self._kind(self._host, self._port, timeout=self._connect)
+    def _open(self, parts: SplitResult) -> HTTPConnection:
+        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        connection = kind(parts.hostname, parts.port, timeout=self._connect)
         try:
             connection.connect()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter of a host's name that is none
             raise NotConnected(str(error)) from error
-        connection.sock.settimeout(self._answer)
         return connection
 
 

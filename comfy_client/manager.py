@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from comfy_client.addresses import normal
 from comfy_client.connections import Answer, Body, Connections, NotConnected, Response
 from comfy_client.faults import (
     AlreadyThere,
@@ -43,11 +44,13 @@ class Timeouts:
     """In seconds.
 
     connect: to be connected, and for each megabyte of a request to be taken. answer: for one reply; a forward on a CPU
-    may need many. patience: how long a call is repeated while the server is full or loading, or its worker restarts.
+    may need many. question: for a reply that nothing is computed for, such as the index. patience: how long a call is
+    repeated while the server is full or loading, or its worker restarts.
     """
 
     connect: float = 10
     answer: float = 600
+    question: float = 60
     patience: float = 60
 
 
@@ -59,8 +62,10 @@ class Manager:
         key_file: TorchServe's tokens; by default what LUNA_TOKEN_FILE names, else that in serve.py's run folder. Where
             there is no such file, requests carry no token. LUNA_TOKEN, where set, is the one token of a proxy.
         connections: kept alive per address; more threads than that may call at once, at the price of a new connection.
+        tokens_for: the addresses that may see a token; None: both.
 
     Raises (all methods):
+        Malformed: an address is none.
         Unreachable: nothing answers.
         Unauthorized: the token is wrong and could not be renewed.
         Full, Loading: still so after `timeouts.patience`.
@@ -75,13 +80,15 @@ class Manager:
         key_file: Path | None = None,
         timeouts: Timeouts = Timeouts(),
         connections: int = 8,
+        tokens_for: frozenset[str] | None = None,
     ) -> None:
-        self.inference, self.management = inference.rstrip("/"), management.rstrip("/")
+        self.inference, self.management = normal(inference), normal(management)
+        self._tokens_for = {self.inference, self.management} if tokens_for is None else tokens_for
         self.timeouts = timeouts
         self._session = uuid.uuid4().hex
         self._registering = threading.Lock()
         self._connections = {
-            address: Connections(address, timeouts.connect, timeouts.answer, connections)
+            address: Connections(address, timeouts.connect, connections)
             for address in (self.inference, self.management)
         }
         fixed = os.environ.get("LUNA_TOKEN")
@@ -266,11 +273,16 @@ class Manager:
         return json.loads(response.data)
 
     def _renew(self, kind: str, api_key: str) -> None:
+        if self.management not in self._tokens_for:
+            raise _kept_back(self.management)
         self._exchange("GET", self.management, f"/token?type={kind}", api_key, None)
 
     def _send(self, method: str, address: str, path: str, kind: str, body: Body | None = None) -> Response:
-        token = self._tokens.current(kind)
+        trusted = address in self._tokens_for
+        token = self._tokens.current(kind) if trusted else None
         response = self._exchange(method, address, path, token, body)
+        if not trusted and (token_refused(response) or response.status in (401, 403)):
+            raise _kept_back(address)
         if token_refused(response):
             renewed = self._tokens.after_refusal(kind, token)
             response = self._exchange(method, address, path, renewed, body)
@@ -286,14 +298,16 @@ class Manager:
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         attempts = 1 if method == "DELETE" else 3
+        is_question = method == "GET" or path == "/predictions/repository"
+        seconds = self.timeouts.question if is_question else self.timeouts.answer
         for attempt in range(1, attempts + 1):
             try:
                 sent = body.fresh() if body else b""
                 headers["Content-Length"] = str(len(sent))
-                return self._connections[address].exchange(method, path, headers, _pieces(sent))
+                return self._connections[address].exchange(method, path, headers, _pieces(sent), seconds)
             except TimeoutError as error:
                 raise Unavailable(
-                    f"{address} did not answer within {self.timeouts.answer:.0f} s", "Timeouts.answer sets the limit"
+                    f"{address} did not answer within {seconds:.0f} s", "is it overloaded? See the server's logs/"
                 ) from error
             except NotConnected as error:
                 raise Unreachable(
@@ -303,6 +317,13 @@ class Manager:
                 if attempt == attempts:
                     raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
         raise AssertionError("unreachable")
+
+
+def _kept_back(address: str) -> Unauthorized:
+    return Unauthorized(
+        f"{address} asks for a token and gets none, as it is another machine's and comes from ComfyUI's settings",
+        "name it in the environment, LUNA_INFERENCE or LUNA_MANAGEMENT, if it may have the token",
+    )
 
 
 def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:

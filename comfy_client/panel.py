@@ -4,7 +4,9 @@ So the server's tokens stay here, and the server may listen on this machine's lo
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 from aiohttp import web
@@ -24,9 +26,18 @@ def account() -> dict[str, Any]:
     return _accountant.account(settings.server(), settings.current().metrics)
 
 
-def register_routes() -> None:
-    """Add the panel's routes to ComfyUI's server."""
+def register_routes(before_lists: Callable[[], None]) -> None:
+    """Add the panel's routes to ComfyUI's server, and have it call `before_lists`, which may take its time, before it
+    collects what the nodes' lists offer: when a page is opened, and when the user presses R."""
     routes = PromptServer.instance.routes
+
+    @web.middleware
+    async def refresh_lists(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]):
+        if "object_info" in request.path.split("/")[:3]:
+            await _in_thread(before_lists)
+        return await handler(request)
+
+    PromptServer.instance.app.middlewares.append(refresh_lists)
 
     @routes.get("/luna/status")
     async def status(_request: web.Request) -> web.Response:
@@ -69,6 +80,22 @@ def _change_job(job: str, action: str) -> dict[str, Any]:
 async def _answer(work: Callable[[], dict[str, Any]]) -> web.Response:
     """The work's outcome as JSON, with the server's own status for what went wrong."""
     try:
-        return web.json_response(await asyncio.to_thread(work))
+        return web.json_response(await _in_thread(work))
     except LunaError as error:
         return web.Response(body=error.to_json(), status=error.status, content_type="application/json")
+
+
+async def _in_thread(work: Callable[[], Any]) -> Any:
+    """What `work` returns. Not by asyncio.to_thread: its few threads serve ComfyUI's own pages too, and ComfyUI would
+    wait for them when it ends."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        outcome.set_running_or_notify_cancel()  # from here on, a browser that goes away cancels nothing
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, name="luna panel", daemon=True).start()
+    return await asyncio.wrap_future(outcome)

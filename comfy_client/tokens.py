@@ -88,4 +88,4 @@ def default_key_file() -> Path:
     """Where serve.py, under the same environment, has its tokens, unless LUNA_TOKEN_FILE says so."""
     home = os.environ.get("LUNA_HOME") or ROOT
     run = os.environ.get("LUNA_RUN") or Path(home) / "run"
-    return Path(os.environ.get("LUNA_TOKEN_FILE") or Path(run) / "key_file.json")
+    return Path(os.environ.get("LUNA_TOKEN_FILE") or Path(run) / "key_file.json").expanduser()

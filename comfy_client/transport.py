@@ -1,16 +1,15 @@
 """How blobs reach a server: through shared memory where it runs on this machine, else as HTTP bodies."""
 
-import ipaddress
 import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from torch import Tensor
 
+from comfy_client.addresses import is_loopback
 from comfy_client.connections import Answer, Body
 from luna_protocol import BLOB, JSON
 from luna_protocol.blob import Blob, unpack
@@ -32,7 +31,7 @@ class Transport:
 
     def __init__(self, address: str):
         self._address = address
-        self._leases = _Leases() if _is_loopback(urlsplit(address).hostname) else None
+        self._leases = _Leases() if is_loopback(address) else None
 
     def ask(self, blob: Blob, send: Callable[[Body], Answer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The reply that `send` brings to a blob: its message, and its tensors in memory of their own."""
@@ -141,10 +140,3 @@ def _with_room(segment: Segment, size: int) -> Segment:
     larger = Segment((size + size // 4 + _SMALLEST - 1) // _SMALLEST * _SMALLEST)
     segment.unlink()
     return larger
-
-
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False

@@ -1,26 +1,35 @@
-"""What the nodes' lists offer, and when a node whose choice is served has to run again."""
+"""What the nodes' lists offer, and when a node whose choice is served has to run again.
+
+ComfyUI asks for the lists in the thread that serves its pages, which must never wait for a network.
+"""
 
 from comfy_client import settings
-from comfy_client.catalog import Catalog, checkpoints, find
+from comfy_client.catalog import Catalog, checkpoints, find, spelt_once
 from comfy_client.loras import known_here
 from luna_protocol.errors import LunaError
 
 _CATALOG = Catalog()
+_PATIENCE_SECONDS = 2.0  # of somebody who opens ComfyUI's page, or presses R
 
 
 def files(role: str) -> list[str]:
-    """Files of which the server can serve the part `role`; none while it is away."""
+    """Files of which the server can serve the part `role`, as it was last seen."""
     return checkpoints(_CATALOG.index(settings.server()), role)
 
 
 def loras() -> list[str]:
     """The server's LoRAs and ComfyUI's own."""
-    return sorted({*loras_on_server(), *known_here()})
+    return spelt_once(_CATALOG.index(settings.server()).loras, known_here())
 
 
 def loras_on_server() -> list[str]:
-    """The server's LoRAs; none while it is away."""
-    return _CATALOG.index(settings.server()).loras
+    """The server's LoRAs, for a run, which may wait."""
+    return _CATALOG.refreshed(settings.server(), 10).loras
+
+
+def refresh() -> None:
+    """Look at the server again, before the lists are asked for. May wait."""
+    _CATALOG.refreshed(settings.server(), _PATIENCE_SECONDS)
 
 
 def identity(chosen: dict[str, str]) -> str:

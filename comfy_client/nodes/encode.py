@@ -29,7 +29,7 @@ class _Encode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, clip_model: str) -> bool:
-        return True  # the list is empty while the server is away; the run tells
+        return True  # the list is of when the server was last seen; the run says what is wrong
 
     @classmethod
     def IS_CHANGED(cls, clip_model: str, **_others: Any) -> str:

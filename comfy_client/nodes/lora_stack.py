@@ -31,7 +31,7 @@ class LunaLoRAStack:
 
     @classmethod
     def VALIDATE_INPUTS(cls, **names: Any) -> bool:
-        # The server's list is empty while it is away; an unknown LoRA is told when it is used.
+        # The server's list is of when it was last seen; an unknown LoRA is refused when it is used.
         return True
 
     def stack(self, lora_stack: list[tuple[str, float, float]] | None = None, **slots: Any):

@@ -5,6 +5,7 @@ from typing import Any
 import folder_paths
 
 from comfy_client import local, settings
+from comfy_client.catalog import spelt_once
 from comfy_client.nodes import choices
 from comfy_client.notice import warn
 from comfy_client.proxies.served import served
@@ -30,7 +31,7 @@ class LunaModelRouter:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        whole = sorted({*choices.files("unet"), *folder_paths.get_filename_list("checkpoints")})
+        whole = spelt_once(choices.files("unet"), folder_paths.get_filename_list("checkpoints"))
         part = {role: [_SAME, *choices.files(role)] for role in ("unet", "clip", "vae")}
         return {
             "required": {
@@ -57,7 +58,7 @@ class LunaModelRouter:
 
     @classmethod
     def VALIDATE_INPUTS(cls, checkpoint: str, unet: str, clip: str, vae: str) -> bool:
-        # The lists are empty while the server is away; what a name lacks is told when the node runs.
+        # The lists are of when the server was last seen; what a name lacks is said when the node runs.
         return True
 
     @classmethod
@@ -77,7 +78,7 @@ class LunaModelRouter:
                     raise
                 parts, status = self._fallback(wanted, error), f"local, because {error}"
         model = parts["unet"].clone()
-        model.set_attachments(CHECKPOINT_ATTACHMENT, wanted["unet"])
+        model.set_attachments(CHECKPOINT_ATTACHMENT, wanted["unet"].replace("\\", "/"))
         return model, parts["clip"], parts["vae"], f"{', '.join(sorted(set(wanted.values())))}: {status}"
 
     def _fallback(self, wanted: dict[str, str], error: LunaError) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class _Shared:
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae_model: str) -> bool:
-        return True  # the list is empty while the server is away; the run tells
+        return True  # the list is of when the server was last seen; the run says what is wrong
 
     @classmethod
     def IS_CHANGED(cls, vae_model: str, **_others: Any) -> str:

@@ -1,7 +1,12 @@
+import os
+import socket
+import time
+
 import pytest
 
-from comfy_client.catalog import checkpoints, find, match_lora, replicas
-from luna_protocol.errors import NotFound
+from comfy_client.catalog import Catalog, checkpoints, find, match_lora, replicas, spelt_once
+from comfy_client.server import Server
+from luna_protocol.errors import NotFound, Unavailable
 from luna_protocol.messages import Index, ServedModel
 
 INDEX = Index(
@@ -65,3 +70,54 @@ def test_loras_are_found_by_path_or_name(wanted, found):
 def test_a_name_in_two_folders_is_ambiguous():
     with pytest.raises(NotFound, match=r"'soft' could be people/soft.safetensors or styles/soft.safetensors"):
         match_lora("soft", LORAS)
+
+
+def test_a_workflow_from_windows_names_the_same_file():
+    assert find(INDEX, "unet", "xl\\b.safetensors").name == "xl_b.unet"
+
+
+def test_a_file_of_both_sides_is_listed_once_as_comfyui_spells_it(monkeypatch):
+    monkeypatch.setattr(os, "sep", "\\")
+    assert spelt_once(["xl/b.safetensors", "c.safetensors"], ["xl\\b.safetensors", "d.safetensors"]) == [
+        "c.safetensors",
+        "d.safetensors",
+        "xl\\b.safetensors",
+    ]
+    monkeypatch.setattr(os, "sep", "/")
+    assert spelt_once(["xl/b.safetensors"], ["xl/b.safetensors"]) == ["xl/b.safetensors"]
+
+
+def test_nobody_waits_for_a_server_that_never_answers():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server, catalog = Server(f"http://127.0.0.1:{silent.getsockname()[1]}"), Catalog()
+        begun = time.monotonic()
+        for _ in range(20):
+            assert catalog.index(server) == Index(models=[])
+        assert time.monotonic() - begun < 0.5
+        assert catalog.refreshed(server, 0.2) == Index(models=[])
+        assert time.monotonic() - begun < 1
+
+
+class Answers(Server):
+    """A server whose index is the next of these; an error is raised."""
+
+    def __init__(self, *answers) -> None:
+        super().__init__()
+        self.answers = list(answers)
+
+    def index(self) -> Index:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_what_was_last_seen_stays_while_the_server_is_away_and_goes_with_another_server(monkeypatch):
+    monkeypatch.setattr("comfy_client.catalog._FRESH_SECONDS", 0.05)
+    server, catalog = Answers(INDEX, Unavailable("away"), Index(models=[], loras=LORAS)), Catalog()
+    seen = []
+    for _ in range(3):
+        seen.append(catalog.refreshed(server, 5))
+        time.sleep(0.06)
+    assert seen[:2] == [INDEX, INDEX] and seen[2].loras == LORAS
+    assert catalog.index(Answers(Unavailable("away"))) == Index(models=[])
