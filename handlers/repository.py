@@ -4,8 +4,8 @@ the decode queue holds, which outlives the workers that fill and empty it."""
 import hashlib
 import os
 import zipfile
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 
 import yaml
@@ -52,10 +52,13 @@ class RepositoryHandler(RoleHandler):
         found = {path.stem: _settings(path) for path in sorted(roots.model_store.glob("*.mar"))}
         archives = {stem: settings for stem, settings in found.items() if settings}
         packed = {settings.checkpoint for settings in archives.values()}
+        loras = names_below(roots.loras)
+        marks = {name: _fingerprint(partial(find, roots.loras, name, "LoRA")) for name in loras}
         unpacked = (name for name in names_below(roots.checkpoints) if name not in packed)
         return Index(
             models=[_served(_shown(stem, archives), settings, workers) for stem, settings in archives.items()],
-            loras=names_below(roots.loras),
+            loras=loras,
+            lora_fingerprints={name: mark for name, mark in marks.items() if mark},
             embeddings=names_below(roots.embeddings),
             servable=[name for name in unpacked if _is_servable(name, roots)],
         )
@@ -116,16 +119,16 @@ def _served(name: str, settings: HandlerSettings, workers: dict[str, list[Worker
         role=settings.role,
         family=settings.family,
         checkpoint=settings.checkpoint,
-        fingerprint=_fingerprint(settings),
+        fingerprint=_fingerprint(settings.checkpoint_path),
         workers=workers.get(without_first(name), []),
     )
 
 
-def _fingerprint(settings: HandlerSettings) -> str | None:
+def _fingerprint(find_file: Callable[[], Path]) -> str | None:
     try:
-        path = settings.checkpoint_path()
+        path = find_file()
         about = path.stat()
     except (NotFound, OSError):
         return None
-    identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    identity = f"{path} {about.st_ino} {about.st_size} {about.st_mtime_ns}"
     return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()

@@ -290,14 +290,16 @@ class ServedModel(Message):
 class Index(Message):
     """The reply to `RepositoryIndex`, also as plain JSON.
 
-    loras, embeddings and servable are files below their roots. servable are checkpoints that have no archive yet;
-    scripts/add_checkpoint.py takes these names.
+    loras, embeddings and servable are files below their roots. lora_fingerprints has one for each LoRA, which changes
+    whenever its file does. servable are checkpoints that have no archive yet; scripts/add_checkpoint.py takes these
+    names.
     """
 
     kind: Literal["index"] = "index"
     protocol_version: int = PROTOCOL_VERSION
     models: list[ServedModel]
     loras: list[str] = []
+    lora_fingerprints: dict[str, ContentHash] = {}
     embeddings: list[str] = []
     servable: list[str] = []
 

@@ -1,11 +1,14 @@
 """What the nodes' lists offer, and when a node whose choice is served has to run again.
 
-ComfyUI asks for the lists in the thread that serves its pages, which must never wait for a network.
+ComfyUI asks for the lists in the thread that serves its pages, which must never wait for a network; whether a node has to
+run again, in the thread that runs workflows.
 """
 
+from collections.abc import Iterable
+
+from comfy_client import loras as lora_files
 from comfy_client import settings
 from comfy_client.catalog import Catalog, checkpoints, find, spelt_once
-from comfy_client.loras import known_here
 from luna_protocol.errors import LunaError
 
 _CATALOG = Catalog()
@@ -19,12 +22,7 @@ def files(role: str) -> list[str]:
 
 def loras() -> list[str]:
     """The server's LoRAs and ComfyUI's own."""
-    return spelt_once(_CATALOG.index(settings.server()).loras, known_here())
-
-
-def loras_on_server() -> list[str]:
-    """The server's LoRAs, for a run, which may wait."""
-    return _CATALOG.refreshed(settings.server(), 10).loras
+    return spelt_once(_CATALOG.index(settings.server()).loras, lora_files.known_here())
 
 
 def refresh() -> None:
@@ -40,3 +38,15 @@ def identity(chosen: dict[str, str]) -> str:
     except LunaError as error:
         return str(error)
     return " ".join(f"{model.name} {model.fingerprint} {bool(model.workers)}" for model in models)
+
+
+def lora_identity(names: Iterable[str] | None) -> str:
+    """Changes when one of these LoRAs (None: any that there is) is another file than before; "" for none at all."""
+    names = None if names is None else list(names)
+    if names == []:
+        return ""
+    try:
+        fingerprints = settings.server().index().lora_fingerprints
+    except LunaError:  # what needs the server says so when it runs
+        fingerprints = {}
+    return lora_files.identity(names, fingerprints)

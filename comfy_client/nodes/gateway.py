@@ -5,7 +5,7 @@ from typing import Any
 import nodes
 from comfy.samplers import KSampler
 
-from comfy_client import loras
+from comfy_client import loras, settings
 from comfy_client.nodes import choices
 from comfy_client.nodes.router import CHECKPOINT_ATTACHMENT
 from comfy_client.nodes.step_cache import INPUTS as CACHE_INPUTS
@@ -129,6 +129,13 @@ class LunaConfigGateway:
             },
         }
 
+    @classmethod
+    def IS_CHANGED(cls, positive: str | None, negative: str | None, **others: Any) -> str:
+        # ComfyUI gives None for what another node brings, and so for the LoRAs that it names.
+        if positive is None or negative is None or "lora_stack" in others:
+            return choices.lora_identity(None)
+        return choices.lora_identity(lora.name for prompt in (positive, negative) for lora in split(prompt)[1])
+
     def configure(
         self,
         model: Any,
@@ -159,7 +166,7 @@ class LunaConfigGateway:
             clip = _skipped(clip, clip_skip)
         name = model.get_attachment(CHECKPOINT_ATTACHMENT) or ""
         if chosen:
-            model, clip = loras.apply(model, clip, chosen, choices.loras_on_server())
+            model, clip = loras.apply(model, clip, chosen, settings.server())
         if clip_skip_timing == "after_lora":
             clip = _skipped(clip, clip_skip)
         switches = {key.removeprefix("fb_cache_"): value for key, value in cache.items()}

@@ -34,6 +34,12 @@ class LunaLoRAStack:
         # The server's list is of when it was last seen; an unknown LoRA is refused when it is used.
         return True
 
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> str:
+        names = [inputs[f"lora_{slot}"] for slot in _SLOTS]
+        # ComfyUI gives None for what another node brings.
+        return choices.lora_identity(None if None in names else [name for name in names if name != _NONE])
+
     def stack(self, lora_stack: list[tuple[str, float, float]] | None = None, **slots: Any):
         chosen = [
             (slots[f"lora_{slot}"], slots[f"strength_{slot}"], slots[f"strength_clip_{slot}"])

@@ -28,7 +28,7 @@ def served(server: Server, checkpoints: dict[str, str]) -> dict[str, Any]:
         Unavailable: a worker did not start; the message has its reason.
         InterruptProcessingException: the user cancelled.
     """
-    found = _found(server, checkpoints)
+    found = interruptible(lambda: _found(server, checkpoints))
     absent = [model.name for each in found.values() if not any(model.workers for model in each) for model in each]
     if absent:
         _load(server, absent)

@@ -1,8 +1,12 @@
 """Our own nodes against the stock ones they stand for, in every mix of remote and local."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+from serving.torchserve import TorchServe
 from tests.comfyui.comfyui import ComfyUI, Graph, Output
 from tests.comfyui.workflows import empty, encode, gateway, local, remote, sample
 
@@ -43,6 +47,45 @@ def test_a_lora_on_the_server_equals_the_same_file_uploaded(comfyui: ComfyUI) ->
         g.save(_sampled(g, gateway(g, *parts, f"a fox <lora:{name}:0.7>")), name)
     latents = comfyui.run(g).latents
     assert torch.equal(latents["on_server"], latents["b"])
+
+
+def _tagged(g: Graph) -> Output:
+    return gateway(g, *remote(g, CHECKPOINT), "a fox <lora:edited:0.7>")
+
+
+def _prompt_from_another_node(g: Graph) -> Output:
+    return gateway(g, *remote(g, CHECKPOINT), g("PrimitiveString", value="a fox <lora:edited:0.7>"))
+
+
+def _stacked(g: Graph) -> Output:
+    slots = {f"lora_{slot}": "None" for slot in range(1, 6)} | {"lora_2": "edited.safetensors"}
+    strengths = {f"strength{side}_{slot}": 0.7 for slot in range(1, 6) for side in ("", "_clip")}
+    return gateway(g, *remote(g, CHECKPOINT), "a fox", lora_stack=g("LunaLoRAStack", **slots, **strengths))
+
+
+@pytest.mark.parametrize("graph", (_tagged, _prompt_from_another_node, _stacked))
+def test_a_lora_edited_on_the_server_is_noticed(graph, comfyui: ComfyUI, torchserve: TorchServe, models: Path) -> None:
+    file = torchserve.store.parent / "loras" / "edited.safetensors"
+    expected = Graph()
+    expected.save(_sampled(expected, gateway(expected, *remote(expected, CHECKPOINT), "a fox <lora:b:0.7>")), "latent")
+    g = Graph()
+    g.save(_sampled(g, graph(g)), "latent")
+    shutil.copyfile(models / "loras" / "a.safetensors", file)
+    before = comfyui.run(g).latents["latent"]
+    shutil.copyfile(models / "loras" / "b.safetensors", file)
+    after = comfyui.run(g).latents["latent"]
+    file.unlink()
+    assert not torch.equal(after, before)
+    assert torch.equal(after, comfyui.run(expected).latents["latent"])
+
+
+def test_what_did_not_change_is_not_computed_again(comfyui: ComfyUI) -> None:
+    g = Graph()
+    g.save(_sampled(g, gateway(g, *remote(g, CHECKPOINT), "a fox <lora:on_server:0.7>")), "latent")
+    comfyui.run(g)
+    comfyui.run(g)  # the model is loaded from here on, which the router tells apart
+    cached = dict(comfyui.run(g).history["status"]["messages"])["execution_cached"]["nodes"]
+    assert len(cached) == len(g.nodes)
 
 
 def test_the_step_cache_reuses_steps_and_threshold_0_none(comfyui: ComfyUI) -> None:

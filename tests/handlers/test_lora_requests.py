@@ -133,13 +133,14 @@ def _upscaled(local, roots):
 
 
 def test_a_file_replaced_on_the_server_is_read_again(server, local, roots):
-    outs = []
+    outs, fingerprints = [], set()
     for seed in (5, 6):
         checkpoints.write_lora(roots / "replaced.safetensors", "tiny_sd15", seed=seed)
+        fingerprints |= {server.index().lora_fingerprints["replaced.safetensors"] for _ in range(2)}
         _, reply = ask(server, stack_of(("replaced", 1.0)))
         assert torch.equal(reply["out"], expected(local, stack_of(("replaced", 1.0))))
         outs.append(reply["out"])
-    assert not torch.equal(*outs)
+    assert not torch.equal(*outs) and len(fingerprints) == 2
 
 
 @pytest.fixture(scope="module")
