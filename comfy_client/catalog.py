@@ -71,7 +71,8 @@ def find(index: Index, role: str, checkpoint: str) -> ServedModel:
                 return model
     known = ", ".join(checkpoints(index, role)) or "none"
     raise NotFound(
-        f"the server has no {role} of {checkpoint!r}", f"it has: {known}. scripts/add_checkpoint.py adds one"
+        f"the server has no {role} of {checkpoint!r}",
+        f"SD1.5 and SDXL can be served; it has: {known}. scripts/add_checkpoint.py adds one",
     )
 
 

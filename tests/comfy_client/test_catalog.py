@@ -48,7 +48,8 @@ def test_replicas_are_of_one_model_and_version(number, names):
 
 
 def test_what_is_not_served_is_told_with_what_is():
-    with pytest.raises(NotFound, match=r"no vae of 'xl/b.safetensors' \(it has: a.safetensors"):
+    told = r"no vae of .xl/b.safetensors. \(SD1.5 and SDXL can be served; it has: a.safetensors"
+    with pytest.raises(NotFound, match=told):
         find(INDEX, "vae", "xl/b.safetensors")
 
 

@@ -16,16 +16,16 @@ from tests.conftest import connect
 pytestmark = pytest.mark.slow
 
 
-def _picture(g: Graph, checkpoint: str = "sd15.safetensors", steps: int = 2, daemon_mode: str = "force_daemon", **size):
-    same = dict.fromkeys(("unet", "clip", "vae"), "from checkpoint")
-    router = g("LunaModelRouter", checkpoint=checkpoint, daemon_mode=daemon_mode, **same)
-    g.save(sample(g, router[0], encode(g, router[1]), empty(g, **size), steps=steps), "latent")
+def _picture(g: Graph, checkpoint: str = "sd15.safetensors", steps: int = 2, side: int = 96, **changes: str):
+    same = dict.fromkeys(("unet", "clip", "vae"), "from checkpoint") | {"daemon_mode": "force_daemon"}
+    router = g("LunaModelRouter", checkpoint=checkpoint, **(same | changes))
+    g.save(sample(g, router[0], encode(g, router[1]), empty(g, side, side), steps=steps), "latent")
     return router
 
 
 def test_interrupt_ends_a_run_within_0_3_seconds(comfyui: ComfyUI) -> None:
     g = Graph()
-    _picture(g, steps=500, width=256, height=256)
+    _picture(g, steps=500, side=256)  # steps long enough to be ended halfway
     prompt = comfyui.start(g)
     comfyui.wait_for_step()
     pressed = time.time()
@@ -37,11 +37,10 @@ def test_interrupt_ends_a_run_within_0_3_seconds(comfyui: ComfyUI) -> None:
 
 
 def test_a_worker_killed_in_a_run_is_not_noticed(comfyui: ComfyUI, torchserve: TorchServe) -> None:
-    g = Graph()
-    _picture(g, steps=12, width=256, height=256)
-    expected = comfyui.run(g).latents["latent"]
-    comfyui.post("/free", {"free_memory": True})  # forgets the outcome, so that the same graph runs again
-    time.sleep(1)  # in the thread that runs prompts, which may take the next one first
+    reference, g = Graph(), Graph()
+    _picture(reference, steps=20)
+    _picture(g, steps=20, unet="sd15.safetensors")  # the same, and to ComfyUI another graph, which it has to run
+    expected = comfyui.run(reference).latents["latent"]
     worker = psutil.Process(_worker_pid(torchserve, "sd15.unet"))
     prompt = comfyui.start(g)
     comfyui.wait_for_step()
@@ -61,7 +60,8 @@ def test_an_unknown_lora_is_told_with_those_there_are(comfyui: ComfyUI) -> None:
 def test_a_model_the_server_lacks_is_told_with_those_it_has(comfyui: ComfyUI) -> None:
     g = Graph()
     _picture(g, checkpoint="other.safetensors")
-    with pytest.raises(RunFailed, match=r"no unet of 'other.safetensors'.*sd15.safetensors"):
+    told = r"no unet of 'other.safetensors' \(SD1.5 and SDXL can be served; it has: .*sd15.safetensors"
+    with pytest.raises(RunFailed, match=told):
         comfyui.run(g)
 
 
@@ -85,7 +85,7 @@ def test_a_server_that_is_away(stray) -> None:
             comfyui.run(g)
         reference, fallen_back = Graph(), Graph()
         model, clip, _ = local(reference, "sd15.safetensors")
-        reference.save(sample(reference, model, encode(reference, clip), empty(reference), steps=2), "latent")
+        reference.save(sample(reference, model, encode(reference, clip), empty(reference, 96, 96), steps=2), "latent")
         router = _picture(fallen_back, daemon_mode="auto")
         fallen_back("PreviewAny", source=router[3])
         run = comfyui.run(fallen_back)
@@ -112,7 +112,7 @@ def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, t
         addresses = {"LUNA_INFERENCE": running.inference, "LUNA_MANAGEMENT": running.management}
         with stray(**addresses, LUNA_TOKEN_FILE=str(running.key_file)) as comfyui:
             g = Graph()
-            _picture(g, steps=12, width=256, height=256)
+            _picture(g, steps=20)
             prompt = comfyui.start(g)
             comfyui.wait_for_step()
             psutil.Process(_worker_pid(running, "repository")).parent().kill()
