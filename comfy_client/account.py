@@ -1,13 +1,16 @@
 """What a server holds and does, put together for people from its index and its metrics."""
 
 import re
+import threading
 import time
+from collections import deque
 from typing import Any
 
 import urllib3
 
 from comfy_client.server import Server
 from luna_protocol.errors import LunaError
+from luna_protocol.messages import Index
 from luna_protocol.save_job import QueueStatus
 
 _SERIES = re.compile(r"^(\w+)(?:\{[^}]*\})?\s+(\S+)$")
@@ -15,44 +18,79 @@ _SERIES = re.compile(r"^(\w+)(?:\{[^}]*\})?\s+(\S+)$")
 _NOT_OURS = ("ts_", "Requests", "QueueTime", "Worker", "HandlerTime", "PredictionTime")
 
 _JOBS_SHOWN = 12
+_RATE_SECONDS = 10.0  # a step may take seconds, and workers write their counts once a second
+_BUSY_SECONDS = 2.5  # a quick step is over whenever one looks
+
+
+class Activity:
+    """How many requests each worker answers, from several looks at their counts."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, dict[tuple[str, int], int]]] = deque()
+
+    def look(self, index: Index, now: float) -> list[dict[str, Any]]:
+        """The index's models as JSON; each worker has also requests_per_second, of the last ten seconds, and is busy
+        too when it has answered a request within the last two. The repository is idle: it answers our own asking.
+
+        Args:
+            now: in seconds, of a clock that does not go back.
+        """
+        counts = {(model.name, worker.pid): worker.requests for model in index.models for worker in model.workers}
+        self._looks.append((now, counts))
+        while now - self._looks[0][0] > _RATE_SECONDS:
+            self._looks.popleft()
+        models = [model.model_dump() for model in index.models]
+        for model in models:
+            for worker in model["workers"]:
+                key, ours = (model["name"], worker["pid"]), model["role"] == "repository"
+                grown, seconds = self._grown(key, now - _RATE_SECONDS)
+                worker["requests_per_second"] = grown / seconds if seconds and not ours else 0.0
+                just_now, _ = self._grown(key, now - _BUSY_SECONDS)
+                worker["busy"] = not ours and (worker["busy"] or just_now > 0)
+        return models
+
+    def _grown(self, worker: tuple[str, int], since: float) -> tuple[int, float]:
+        """By how much a worker's count grew, and in how many seconds."""
+        counts = [(at, look[worker]) for at, look in self._looks if at >= since and worker in look]
+        (first, before), (last, after) = counts[0], counts[-1]
+        return after - before, last - first
 
 
 class Accountant:
-    """Remembers the last look, which requests per second are counted from."""
+    """Remembers the last looks at a server, which requests per second are counted from."""
 
     def __init__(self) -> None:
-        self._last: tuple[float, int] | None = None
+        self._of: Server | None = None
+        self._activity = Activity()
+        self._lock = threading.Lock()
 
     def account(self, server: Server, metrics: str) -> dict[str, Any]:
         """One look at a server whose metrics are at the address `metrics`.
 
-        address; protocol_version; models and loras as in the index; requests_per_second since the last look; counters,
-        the sums of the metrics that LunaServe's handlers declare (LoRA overlays, step cache, decode queue), none where
-        the address does not answer; queue, its `QueueReport` with the newest jobs and their thumbnails, None where its
-        database cannot be read.
+        address; protocol_version; models, see `Activity.look`; loras as in the index; requests_per_second and
+        busy_workers, over all models; counters, the sums of the metrics that LunaServe's handlers declare (LoRA
+        overlays, step cache, decode queue), none where the address does not answer; queue, its `QueueReport` with the
+        newest jobs and their thumbnails, None where its database cannot be read.
 
         Raises:
             LunaError: the server cannot be reached, or refuses us.
         """
         index = server.index()
-        # The repository's own count grows by our asking.
-        requests = sum(w.requests for model in index.models if model.role != "repository" for w in model.workers)
+        with self._lock:
+            if self._of is not server:
+                self._of, self._activity = server, Activity()
+            models = self._activity.look(index, time.monotonic())
+        workers = [worker for model in models for worker in model["workers"]]
         return {
             "address": server.inference,
             "protocol_version": index.protocol_version,
-            "models": [model.model_dump() for model in index.models],
+            "models": models,
             "loras": index.loras,
-            "requests_per_second": self._rate(requests),
+            "requests_per_second": sum(worker["requests_per_second"] for worker in workers),
+            "busy_workers": sum(worker["busy"] for worker in workers),
             "counters": _counters(metrics),
             "queue": _queue(server),
         }
-
-    def _rate(self, requests: int) -> float:
-        now = time.monotonic()
-        before, self._last = self._last, (now, requests)
-        if before is None or requests < before[1]:
-            return 0.0
-        return (requests - before[1]) / max(now - before[0], 1e-3)
 
 
 def sums(metrics: str) -> dict[str, float]:

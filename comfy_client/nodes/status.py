@@ -65,7 +65,8 @@ class LunaQueueStatus(_Report):
 
 
 def _text(status: dict[str, Any]) -> str:
-    lines = [f"{status['address']}: {status['requests_per_second']:.1f} requests a second"]
+    load = f"{status['busy_workers']} busy, {status['requests_per_second']:.1f} requests a second"
+    lines = [f"{status['address']}: {load}"]
     for model in status["models"]:
         workers = "; ".join(_worker(worker) for worker in model["workers"])
         lines.append(f"{model['name']}: {workers or 'not loaded'}")
@@ -77,7 +78,8 @@ def _worker(worker: dict[str, Any]) -> str:
     if worker["state"] != "ready":
         return f"{worker['state']}: {worker['reason']}"
     megabytes = worker["weights_bytes"] / 1e6
-    return f"{worker['device']} {worker['dtype']}, {megabytes:,.0f} MB, {worker['requests']} requests"
+    load = "busy" if worker["busy"] else "idle"
+    return f"{worker['device']} {worker['dtype']}, {megabytes:,.0f} MB, {worker['requests']} requests, {load}"
 
 
 def _queue_text(report: QueueReport) -> str:

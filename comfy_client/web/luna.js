@@ -26,6 +26,11 @@ function picture(thumbnail, title) {
   return element("img", { src: `data:image/jpeg;base64,${thumbnail}`, title });
 }
 
+// One line however long the name; the whole of it is the tooltip.
+function shortened(tag, textContent, properties = {}) {
+  return element(tag, { textContent, title: textContent, className: "luna-short", ...properties });
+}
+
 // The pictures of a job appear on the node that sent it, as they would on a Save Image node.
 function showOnNode({ node, thumbnails, files }) {
   const sender = app.graph?.getNodeById(Number(node)) ?? app.graph?.getNodeById(node);
@@ -43,11 +48,13 @@ class Panel {
   constructor(root) {
     this.state = element("div", { className: "luna-state" });
     this.models = element("div");
-    this.queue = element("div", { className: "luna-queue" });
+    this.notLoaded = element("div");
+    this.queue = element("b");
+    this.jobs = element("div", { className: "luna-jobs" });
     this.counters = element("table", { className: "luna-counters" });
     this.message = element("div", { className: "luna-message" });
     this.busy = new Set();
-    root.replaceChildren(element("div", { className: "luna-panel" }, this.state, this.models, this.queue, this.counters, this.message));
+    root.replaceChildren(element("div", { className: "luna-panel" }, this.state, this.message, this.models, this.queue, this.jobs, this.counters, this.notLoaded));
     this.root = root;
     this.tick();
   }
@@ -65,16 +72,22 @@ class Panel {
       this.state.textContent = `down: ${error.message}`;
       this.state.className = "luna-state luna-down";
       this.models.replaceChildren();
-      this.queue.replaceChildren();
+      this.notLoaded.replaceChildren();
+      this.queue.textContent = "";
+      this.jobs.replaceChildren();
       this.counters.replaceChildren();
     }
   }
 
   show(status) {
-    this.state.textContent = `up: ${status.address}, ${status.requests_per_second.toFixed(1)} requests/s`;
+    this.state.textContent = `up: ${status.address}, ${status.busy_workers} busy, ${status.requests_per_second.toFixed(1)} requests/s`;
     this.state.className = "luna-state luna-up";
-    this.models.replaceChildren(...status.models.map((model) => this.card(model)));
-    this.queue.replaceChildren(...(status.queue ? this.jobs(status.queue) : []));
+    const cards = (models) => models.map((model) => this.card(model));
+    this.models.replaceChildren(...cards(status.models.filter((model) => model.workers.length)));
+    this.notLoaded.replaceChildren(...cards(status.models.filter((model) => !model.workers.length)));
+    this.queue.textContent = status.queue ? this.queueLine(status.queue) : "";
+    // The same element each time, as a new one would begin at its top again.
+    this.jobs.replaceChildren(...(status.queue?.jobs ?? []).map((job) => this.job(job)));
     this.counters.replaceChildren(
       ...Object.entries(status.counters).map(([name, value]) =>
         element("tr", {}, element("td", { textContent: name }), element("td", { textContent: value.toLocaleString() })),
@@ -84,23 +97,21 @@ class Panel {
 
   card(model) {
     const workers = model.workers.map((worker) => {
-      const where = `${worker.device} ${worker.dtype ?? ""}, ${megabytes(worker.weights_bytes)}, ${worker.requests} requests`;
-      return element("div", { textContent: worker.state === "ready" ? where : `${worker.state}: ${worker.reason}` });
+      const load = worker.busy ? `busy, ${worker.requests_per_second.toFixed(1)}/s` : "idle";
+      const where = `${worker.device} ${worker.dtype ?? ""}, ${megabytes(worker.weights_bytes)}, ${worker.requests} requests, ${load}`;
+      const told = worker.state === "ready" ? where : `${worker.state}: ${worker.reason}`;
+      return element("div", { textContent: told, className: worker.busy ? "luna-up" : "" });
     });
     const buttons = model.role === "repository" ? [] : this.buttons(model);
-    return element(
-      "div",
-      { className: "luna-model" },
-      element("div", { className: "luna-name" }, element("b", { textContent: model.name }), ...buttons),
-      ...(workers.length ? workers : [element("div", { textContent: "not loaded", className: "luna-muted" })]),
-    );
+    const state = workers.length ? [] : [element("span", { textContent: "not loaded", className: "luna-muted" })];
+    const name = element("div", { className: "luna-name" }, shortened("b", model.name), ...state, ...buttons);
+    return element("div", { className: "luna-model" }, name, ...workers);
   }
 
-  jobs(queue) {
+  queueLine(queue) {
     const counts = Object.entries(queue.counts).map(([state, count]) => `${count} ${state}`);
     const wait = queue.estimated_wait === null ? "" : `, a new job waits ${queue.estimated_wait.toFixed(0)} s`;
-    const head = `decode queue: ${counts.join(", ") || "empty"}, ${queue.throughput.toFixed(1)} jobs/min${wait}`;
-    return [element("b", { textContent: head }), ...queue.jobs.map((job) => this.job(job))];
+    return `decode queue: ${counts.join(", ") || "empty"}, ${queue.throughput.toFixed(1)} jobs/min${wait}`;
   }
 
   job(job) {
@@ -111,8 +122,10 @@ class Panel {
       });
     const buttons = { queued: [act("cancel")], running: [act("cancel")], dead: [act("retry")] }[job.state] ?? [];
     const pictures = job.files.filter((file) => file.thumbnail).map((file) => picture(file.thumbnail, file.path));
-    const told = `${job.state} ${job.files[0]?.path ?? ""}${job.reason ? `: ${job.reason}` : ""}`;
-    return element("div", { className: "luna-job" }, element("div", { className: "luna-name" }, element("span", { textContent: told }), ...buttons), ...pictures);
+    const path = job.files[0]?.path ?? "";
+    const name = shortened("span", `${job.state} ${path.split("/").pop()}`, { title: path });
+    const reason = job.reason ? [element("div", { textContent: job.reason, title: job.reason, className: "luna-reason" })] : [];
+    return element("div", { className: "luna-job" }, element("div", { className: "luna-name" }, name, ...buttons), ...reason, ...pictures);
   }
 
   buttons(model) {
@@ -148,11 +161,12 @@ const STYLE = `
 .luna-up { color: var(--p-green-500, #4a4); }
 .luna-down, .luna-message { color: var(--p-red-400, #e66); }
 .luna-model { border: 1px solid var(--border-color, #444); border-radius: 6px; padding: 0.5rem; margin-bottom: 0.4rem; }
-.luna-name { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
-.luna-name b { flex: 1; }
+.luna-name { display: flex; gap: 0.4rem; align-items: center; }
 .luna-name button { padding: 0 0.5rem; cursor: pointer; }
+.luna-short { flex: 1; min-width: 0; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+.luna-jobs { max-height: 14rem; flex-shrink: 0; overflow-y: auto; }
 .luna-job { padding: 0.2rem 0; }
-.luna-job span { flex: 1; overflow-wrap: anywhere; }
+.luna-reason { max-height: 3.6em; overflow: hidden; overflow-wrap: anywhere; line-height: 1.2; opacity: 0.8; }
 .luna-job img { height: 4rem; margin: 0.2rem 0.2rem 0 0; border-radius: 4px; }
 .luna-muted { opacity: 0.6; }
 .luna-counters td:last-child { text-align: right; padding-left: 1rem; }
