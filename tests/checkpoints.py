@@ -115,6 +115,16 @@ class _Weights(dict):
         self.noise(f"{name}.bias", width, std=0.02)
 
 
+class _Shapes(_Weights):
+    """The same tensors without their values."""
+
+    def __init__(self):
+        super().__init__(torch.float32, 0)
+
+    def noise(self, key: str, *shape: int, std: float):
+        self[key] = torch.empty(shape, device="meta")
+
+
 def _unet_res_block(w: _Weights, name: str, inner: int, out: int, time: int):
     w.norm(f"{name}.in_layers.0", inner)
     w.layer(f"{name}.in_layers.2", out, inner, 3, 3)
@@ -355,10 +365,12 @@ def write_lora(
 ) -> Path:
     """A kohya LoRA over all attention and feed-forward layers of UNet and text encoders.
 
+    Of a second text encoder it patches the first layer and the last two: whoever applies it keeps a copy of these.
+
     `size` is the standard deviation of up times down relative to a layer's own weights, before alpha / rank.
     """
     shape = SHAPES[shape] if isinstance(shape, str) else shape
-    w = _Weights(torch.float32, 0)
+    w = _Shapes()
     _unet(w, "model.diffusion_model", shape.unet)
     _clip_l(w, "text", shape.clip_l)
     text = "lora_te1" if shape.clip_g else "lora_te"
@@ -371,7 +383,7 @@ def write_lora(
             names[f"{text}_" + name.removeprefix("text.transformer.").replace(".", "_")] = weight
     if shape.clip_g:
         width = shape.clip_g.width
-        for i in range(shape.clip_g.layers):
+        for i in sorted({0, shape.clip_g.layers - 2, shape.clip_g.layers - 1}):
             layer = f"lora_te2_text_model_encoder_layers_{i}"
             names |= {f"{layer}_self_attn_{p}_proj": torch.empty(width, width) for p in ("q", "k", "v", "out")}
             names |= {

@@ -161,7 +161,7 @@ def test_the_page_fills_in_save_images_templates(comfyui: ComfyUI) -> None:
 def test_a_server_that_goes_away_in_a_run_costs_no_picture(models, luna, torchserve: TorchServe, tmp_path) -> None:
     g = Graph()
     model, clip, _ = local(g, CHECKPOINT)
-    latent = sample(g, model, encode(g, clip), empty(g, 256, 256), steps=20)
+    latent = sample(g, model, encode(g, clip), empty(g))
     saver(g, remote(g, CHECKPOINT)[2], latent_1=latent, filename="there")
     with TorchServe(torchserve.store, tmp_path / "run", Ports.free()) as running:
         server = connect(running)
@@ -175,7 +175,7 @@ def test_a_server_that_goes_away_in_a_run_costs_no_picture(models, luna, torchse
         }
         with ComfyUI(tmp_path / "comfyui", models, luna | there) as comfyui:
             pictures(torchserve.store.parent / "output", promised(comfyui.run(g), g))
-            g.nodes[latent.node]["inputs"]["seed"] = 6
+            g.nodes[latent.node]["inputs"] |= {"seed": 6, "steps": 60}
             g.nodes[str(len(g.nodes))]["inputs"]["filename"] = "here"
             prompt = comfyui.start(g)
             comfyui.wait_for_step()
