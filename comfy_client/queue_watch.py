@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_client.server import Server
-from luna_protocol.errors import LunaError
 from luna_protocol.messages import validate
 from luna_protocol.save_job import JobStatus, QueueReport, QueueStatus
 
@@ -29,12 +28,14 @@ class QueueWatch:
         self._tell = tell
         self._jobs: dict[str, tuple[Server, str]] = {}
         self._lock = threading.Lock()
+        self._running = self._in_trouble = False
 
     def follow(self, server: Server, job_id: str, node: str) -> None:
         """Tell about this job, which `node` of the workflow has sent, once it has ended."""
         with self._lock:
             self._jobs[job_id] = server, node
-            if len(self._jobs) == 1:
+            if not self._running:
+                self._running = True
                 threading.Thread(target=self._run, name="luna queue watch", daemon=True).start()
 
     def _run(self) -> None:
@@ -42,26 +43,30 @@ class QueueWatch:
             time.sleep(_EVERY_SECONDS)
             with self._lock:
                 jobs = dict(self._jobs)
+                self._running = bool(jobs)
+            if not jobs:
+                return
             for server in {server for server, _ in jobs.values()}:
-                self._look(server, [job for job, (theirs, _) in jobs.items() if theirs is server][:_AT_ONCE])
-            with self._lock:
-                if not self._jobs:
-                    return
+                own = [job for job, (asked, _) in jobs.items() if asked is server]
+                for start in range(0, len(own), _AT_ONCE):
+                    self._look(server, own[start : start + _AT_ONCE])
 
     def _look(self, server: Server, jobs: list[str]) -> None:
         try:
-            message = server.ask(QueueStatus(job_ids=jobs, thumbnails=True))
-        except LunaError as error:
-            log.debug("the queue cannot be asked: %s", error)
-            return
-        found = {job.job_id: job for job in validate(QueueReport, message).jobs}
-        for job_id in jobs:
-            job = found.get(job_id)
-            if job is None or job.state in ("done", "dead", "cancelled"):
-                with self._lock:
-                    _, node = self._jobs.pop(job_id)
-                if job is not None:
-                    self._ended(job, node)
+            report = validate(QueueReport, server.ask(QueueStatus(job_ids=jobs, thumbnails=True)))
+            found = {job.job_id: job for job in report.jobs}
+            for job_id in jobs:
+                job = found.get(job_id)
+                if job is None or job.state in ("done", "dead", "cancelled"):
+                    with self._lock:
+                        _, node = self._jobs.pop(job_id)
+                    if job is not None:
+                        self._ended(job, node)
+            self._in_trouble = False
+        except Exception as error:  # or the thread would end, and no job be told of any more
+            level = logging.DEBUG if self._in_trouble else logging.WARNING
+            log.log(level, "the jobs of %s cannot be followed just now: %s", server.inference, error)
+            self._in_trouble = True
 
     def _ended(self, job: JobStatus, node: str) -> None:
         if job.state == "done":
