@@ -14,7 +14,7 @@ from luna_pictures.encoding import encode
 from luna_pictures.filenames import discarded, numbered, room_below
 from luna_pictures.latent import EXTENSION, latent_file
 from luna_pictures.metadata import workflow_texts
-from luna_pictures.plan import finite_rows, not_a_picture, picture_path, picture_warnings, warnings
+from luna_pictures.plan import finite_rows, nan_warnings, picture_path, picture_warnings, warnings
 from luna_pictures.quality_gate import quality
 from luna_protocol.errors import Impossible, LunaError
 from luna_protocol.save_job import PictureGroup, SaveJob
@@ -35,44 +35,40 @@ def save_here(
     Raises:
         Impossible: there is nothing that could be saved.
     """
-    files: list[str] = []
-    notes = dict.fromkeys(warnings(job))
+    files, notes = [], warnings(job)
     room = room_below(folders[0])
 
     def save(what: str, make: Callable[[], tuple[PurePosixPath, bytes]]) -> None:
         try:
             file, failures = _write(folders, *make())
         except Exception as error:  # of one file: it must not cost the others
-            notes[f"{what} is not saved: {error}"] = None
+            notes.append(f"{what} is not saved: {error}")
         else:
             files.append(file)
-            notes.update(dict.fromkeys(failures))
+            notes.extend(failures)
 
     for group in job.groups:
         tensor, undecoded = tensors[group.tensor], []
-        several = len(tensor) > 1 or tensor.ndim > 4
-        for row, single in enumerate(tensor.split(1)):
-            if not finite_rows(single):
-                notes[not_a_picture(group, row)] = None
-                continue
+        several, finite = len(tensor) > 1 or tensor.ndim > 4, finite_rows(tensor)
+        notes += nan_warnings(group, len(tensor), finite)
+        for row in finite:
+            single = tensor[row : row + 1]
             try:
                 pictures = _pictures(group, row, single, decode)
             except LunaError as error:
                 undecoded.append(single)
-                notes[str(error)] = None
+                notes.append(str(error))
                 continue
             for number, picture in enumerate(pictures, row * len(pictures)):
-                notes.update(dict.fromkeys(picture_warnings(group, *picture.shape)))
+                notes += picture_warnings(group, *picture.shape)
                 shown = number if several else None
                 save(f"row {number} of {group.tensor}", partial(_picture_file, job, group, picture, shown, room))
         if undecoded:
             save(f"what is left of {group.tensor}", partial(_latent_file, job, group, torch.cat(undecoded), room))
-            notes["a .latent file holds what could not be decoded: Load Latent finds it in ComfyUI's input folder"] = (
-                None
-            )
+            notes.append("a .latent file holds what was not decoded: Load Latent finds it in ComfyUI's input folder")
     if not files:
-        raise Impossible("nothing could be saved: " + "; ".join(notes))
-    return files, list(notes)
+        raise Impossible("nothing could be saved: " + "; ".join(dict.fromkeys(notes)))
+    return files, list(dict.fromkeys(notes))
 
 
 def _picture_file(

@@ -60,8 +60,8 @@ def check_template(template: str) -> None:
 
 def contained(template: str) -> str:
     """`template` without what `check_template` refuses."""
-    without_drive = re.sub(r"^\s*[A-Za-z]:(?=[/\\])", "", template[:MAX_TEMPLATE])
-    return "/".join(part for part in re.split(r"[/\\]", without_drive) if part.strip().strip("."))
+    parts = re.split(r"[/\\]", template[:MAX_TEMPLATE])
+    return "/".join(part for part in parts if not re.fullmatch(r"\s*([A-Za-z]:|[.]*)\s*", part))
 
 
 def render(template: str, variables: Mapping[str, object], created: float) -> PurePosixPath:

@@ -1,6 +1,6 @@
 """Which files a job will have, and whether its tensors can become them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -77,7 +77,7 @@ def plan(
             )
         told += picture_warnings(group, height, width, channels)
         finite = finite_rows(tensor)
-        told += [not_a_picture(group, row) for row in range(rows) if row not in finite]
+        told += nan_warnings(group, rows, finite)
         for row in finite:
             path = picture_path(job, group, row if rows > 1 else None, (height, width, channels), room)
             files.append(NewFile(path, "picture", number, row, width, height))
@@ -107,8 +107,10 @@ def finite_rows(tensor: Tensor) -> list[int]:
     return torch.isfinite(tensor).flatten(1).all(1).nonzero().flatten().tolist()
 
 
-def not_a_picture(group: PictureGroup, row: int) -> str:
-    return f"row {row} of {group.tensor} holds NaN or infinity, and makes no picture"
+def nan_warnings(group: PictureGroup, rows: int, finite: Sequence[int]) -> list[str]:
+    """What becomes of the rows that are not among the `finite`."""
+    others = ", ".join(str(row) for row in range(rows) if row not in finite)
+    return [f"{group.tensor} holds NaN or infinity in batch row {others}, which makes no picture"] if others else []
 
 
 def warnings(job: SaveJob) -> list[str]:

@@ -13,14 +13,13 @@ from comfy.model_management import InterruptProcessingException
 from server import PromptServer
 
 from comfy_client import local
-from comfy_client.faults import Unreachable
 from comfy_client.notice import warn
 from comfy_client.proxies.vae import RemoteAutoencoder
 from comfy_client.queue_watch import QueueWatch
 from comfy_client.saving import Batch, job_of
 from comfy_client.saving_here import save_here
 from luna_pictures.filenames import check_template
-from luna_protocol.errors import Impossible, Malformed
+from luna_protocol.errors import Impossible, Malformed, Unavailable
 from luna_protocol.messages import validate
 from luna_protocol.save_job import SaveAccepted, SaveJob
 
@@ -142,8 +141,8 @@ class LunaMultiSaver:
             **inputs,
         )
         files, others = _send(vae, job, tensors, node)
-        for note in (notes := notes + others):
-            warn(f"Luna Multi Saver: {note}")
+        if notes := notes + others:
+            warn(f"Luna Multi Saver: {'; '.join(notes)}")
         return {"ui": {"text": [*files, *notes]}, "result": (job.job_id, "\n".join(files))}
 
 
@@ -160,7 +159,8 @@ def _send(vae: Any, job: SaveJob, tensors: dict[str, Any], node: str) -> tuple[l
     except Exception as error:
         log.info("the server did not take job %s", job.job_id, exc_info=error)
         own = cache(lambda: local.loaded({"vae": remote.model.checkpoint})["vae"])
-        ways = [] if isinstance(error, Unreachable) else [vae.decode]
+        gone = isinstance(error, Unavailable) and error.retry_after is None
+        ways = [] if gone else [vae.decode]
         return _save_locally(job, tensors, [*ways, lambda latent: own().decode(latent)], str(error))
     _WATCH.follow(remote.replicas.server, job.job_id, node)
     return accepted.files, accepted.warnings

@@ -1,6 +1,7 @@
 """Luna Multi Saver and Luna Queue Status in a real ComfyUI."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -10,6 +11,7 @@ import numpy
 import pytest
 from PIL import Image
 
+from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import Ports, TorchServe
 from tests.comfyui.browser import browser
 from tests.comfyui.comfyui import ComfyUI, Graph, Output, RunFailed
@@ -124,7 +126,7 @@ def test_what_can_be_saved_is_saved_and_the_rest_is_said(comfyui: ComfyUI, torch
     files, notes = told(comfyui.run(g), g)
     assert len(files) == 1 and re.fullmatch(r"luna/\d{4}_%KSampler\.seed%_a{64}_00\.png", files[0])
     pictures(there, files)
-    for note in ("cut to 64", "row 1 of latent_1 holds NaN", "%KSampler.seed% is no variable"):
+    for note in ("cut to 64", "latent_1 holds NaN or infinity in batch row 1", "%KSampler.seed% is no variable"):
         assert any(note in each for each in notes) and note in comfyui.log.read_text()
 
     # A server that refuses the job decodes, and ComfyUI saves.
@@ -158,29 +160,56 @@ def test_the_page_fills_in_save_images_templates(comfyui: ComfyUI) -> None:
     assert re.fullmatch(r"\d{4}_512_%seed%", sent["filename"]) and sent["affix_1"] == "%year%"
 
 
-def test_a_server_that_goes_away_in_a_run_costs_no_picture(models, luna, torchserve: TorchServe, tmp_path) -> None:
+def test_a_server_that_goes_away_in_a_run_costs_nothing(models, luna, tmp_path, monkeypatch) -> None:
+    # One file is on the server alone: what is sampled for its VAE can only be kept as a latent.
+    home = tmp_path / "home"
+    (home / "checkpoints").mkdir(parents=True)
+    lone = home / "checkpoints" / "lone.safetensors"
+    os.link(models / "checkpoints" / CHECKPOINT, lone)
+    monkeypatch.setenv("LUNA_CHECKPOINTS", os.pathsep.join(map(str, (models / "checkpoints", lone.parent))))
+    pack_repository(home / "model_store", home)
+    for file in (models / "checkpoints" / CHECKPOINT, lone):
+        pack_checkpoint(file, home / "model_store", home=home)
+
     g = Graph()
     model, clip, _ = local(g, CHECKPOINT)
-    latent = sample(g, model, encode(g, clip), empty(g))
-    saver(g, remote(g, CHECKPOINT)[2], latent_1=latent, filename="there")
-    with TorchServe(torchserve.store, tmp_path / "run", Ports.free()) as running:
+    latent = sample(g, model, encode(g, clip), empty(g, 256, 256), steps=20)
+    router = g.nodes[(vae := remote(g, CHECKPOINT)[2]).node]
+    saver(g, vae, latent_1=latent, filename="there")
+    lone_vae = g("LunaModelRouter", **(router["inputs"] | {"vae": lone.name}))[2]
+    saver(g, lone_vae, latent_1=latent, filename="lone")
+    savers = {node["inputs"]["filename"]: node["inputs"] for node in g.nodes.values() if "filename" in node["inputs"]}
+    with TorchServe(home / "model_store", tmp_path / "run", Ports.free()) as running:
         server = connect(running)
-        for model in ("repository", "sd15.unet", "sd15.clip", "sd15.vae"):
-            server.load(model)
-            server.wait_ready([model])
+        for name in ("repository", "sd15.unet", "sd15.clip", "sd15.vae", "lone.vae"):
+            server.load(name)
+            server.wait_ready([name])
         there = {
             "LUNA_INFERENCE": running.inference,
             "LUNA_MANAGEMENT": running.management,
             "LUNA_TOKEN_FILE": str(running.key_file),
         }
         with ComfyUI(tmp_path / "comfyui", models, luna | there) as comfyui:
-            pictures(torchserve.store.parent / "output", promised(comfyui.run(g), g))
-            g.nodes[latent.node]["inputs"] |= {"seed": 6, "steps": 60}
-            g.nodes[str(len(g.nodes))]["inputs"]["filename"] = "here"
+            pictures(home / "output", promised(comfyui.run(g), g))
+            g.nodes[latent.node]["inputs"]["seed"] = 6
+            for name, inputs in savers.items():
+                inputs["filename"] = f"{name}_later"
             prompt = comfyui.start(g)
             comfyui.wait_for_step()
             running.stop()
-            names = promised(comfyui.wait(prompt), g)
-            assert names == ["luna/here_S1.png"]
-            assert (comfyui.base / "output" / names[0]).is_file()
-            assert "ComfyUI decoded and saved 1 pictures itself, because no server at" in comfyui.log.read_text()
+            run = comfyui.wait(prompt)
+            kept = {text for output in run.history["outputs"].values() for text in output["text"][:1]}
+            assert kept == {"luna/there_later_S1.png", "luna/lone_later_S1.latent"}
+            assert all((comfyui.base / "output" / name).is_file() for name in kept)
+            log = comfyui.log.read_text()
+            assert "ComfyUI decoded and saved 1 pictures itself, because no server at" in log
+            assert "ComfyUI has no 'lone.safetensors' in its folders checkpoints and vae" in log
+
+            # And Load Latent goes on from there.
+            os.link(comfyui.base / "output" / "luna" / "lone_later_S1.latent", comfyui.base / "input" / "kept.latent")
+            g = Graph()
+            images = g("VAEDecode", samples=g("LoadLatent", latent="kept.latent"), vae=local(g, CHECKPOINT)[2])
+            g("SaveImage", images=images, filename_prefix="kept")
+            comfyui.run(g)
+            [kept] = (comfyui.base / "output").glob("kept_*.png")
+            assert (pixels(kept) == pixels(comfyui.base / "output" / "luna" / "there_later_S1.png")).all()

@@ -49,6 +49,7 @@ def assert_safe(path: PurePosixPath) -> None:
 def test_a_rendered_path_is_relative_and_every_part_of_it_safe(template, values):
     for text in (template, "%model_path%/%model_dir%/%seed%_" + template):
         assert_safe(render(text, dict(zip(VARIABLES, values, strict=True)), 0.0))
+        check_template(contained(text))
 
 
 @given(values=st.lists(NASTY, min_size=len(VARIABLES), max_size=len(VARIABLES)))
@@ -87,6 +88,7 @@ def test_accents_composed_or_not_are_one_name():
         ("a/../../x", "leaves"),
         ("/etc/x", "absolute"),
         ("C:\\x", "absolute"),
+        (" c:/D:/x", "absolute"),
         ("\\\\host\\x", "absolute"),
         ("\u3000\\\u00a0../x", "leaves|absolute"),
         ("x" * 600, "600 characters"),

@@ -3,6 +3,7 @@ server and in ComfyUI, and what was left out is said."""
 
 import enum
 import json
+import queue
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
+from comfy_client.queue_watch import QueueWatch
 from comfy_client.saving import Batch, job_of
 from comfy_client.saving_here import save_here
 from handlers.engine.saving.decode_queue import DecodeQueue
@@ -18,7 +20,7 @@ from handlers.engine.saving.decode_worker import DecodeWorker
 from handlers.engine.saving.picture_records import PICTURES, PictureRecords
 from luna_protocol.blob import pack, unpack
 from luna_protocol.errors import Impossible
-from luna_protocol.save_job import JobStatus, SaveAccepted, SaveJob
+from luna_protocol.save_job import JobStatus, QueueStatus, SaveAccepted, SaveJob
 from tests.handlers.engine.saving.save_jobs import decode, files_under, wait_for
 
 LATENT = torch.rand(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -53,6 +55,10 @@ class Served:
         message, tensors = unpack(pack(job, tensors))
         accepted = self.queue.submit(SaveJob.model_validate(message), tensors)
         return accepted, wait_for(self.queue, job, "done", "dead")
+
+    def ask(self, asked: QueueStatus) -> dict:
+        """As `Server.ask` does."""
+        return self.queue.report(asked).model_dump(mode="json")
 
     def end(self) -> None:
         self._worker.stop()
@@ -95,20 +101,22 @@ def test_one_nan_latent_of_four(served, tmp_path):
     job, tensors, _ = a_job(latents("png", batch))
     files, notes = saved_on_both_sides(served(), tmp_path / "here", job, tensors)
     assert files == ["x_00.png", "x_02.png", "x_03.png"]
-    assert notes == ["row 1 of latent_1 holds NaN or infinity, and makes no picture"]
+    assert notes == ["latent_1 holds NaN or infinity in batch row 1, which makes no picture"]
 
 
 def test_one_slot_of_nan_beside_a_good_one(served, tmp_path):
     job, tensors, _ = a_job(latents("png", LATENT * NAN), images("png", torch.rand(1, 8, 8, 3)))
     files, notes = saved_on_both_sides(served(), tmp_path / "here", job, tensors)
-    assert files == ["x.png"] and len(notes) == 4
+    assert files == ["x.png"] and notes == [
+        "latent_1 holds NaN or infinity in batch row 0, 1, 2, 3, which makes no picture"
+    ]
 
 
 def test_nothing_but_nan_is_an_error(served, tmp_path):
     job, tensors, _ = a_job(latents("png", LATENT * NAN))
-    with pytest.raises(Impossible, match="row 3 of latent_1 holds NaN"):
+    with pytest.raises(Impossible, match="latent_1 holds NaN or infinity in batch row 0, 1, 2, 3"):
         served().queue.submit(job, tensors)
-    with pytest.raises(Impossible, match="row 3 of latent_1 holds NaN"):
+    with pytest.raises(Impossible, match="latent_1 holds NaN or infinity in batch row 0, 1, 2, 3"):
         save_here(job, tensors, decode, [tmp_path])
 
 
@@ -140,6 +148,11 @@ def test_a_vae_that_makes_nan_of_some_leaves_their_latents(side, served, tmp_pat
         with there.records.engine.connect() as db:
             assert len(db.execute(PICTURES.select()).all()) == 3
         kept = "x_02.latent"
+        told: queue.Queue = queue.Queue()
+        watch = QueueWatch(lambda event, message: told.put((event, message)))
+        watch.follow(there, job.job_id, "7")
+        assert told.get(timeout=30)[0] == "luna.saved"
+        assert told.get(timeout=30)[1]["message"].endswith("is saved in part: the VAE made NaN of x_02.latent")
     else:
         files, notes = save_here(job, tensors, half_nan, [tmp_path / "here"])
         assert "NaN of row 2" in notes[0] and "Load Latent" in notes[1]
