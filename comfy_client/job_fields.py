@@ -29,7 +29,7 @@ def tolerant_job(fields: Mapping[str, Any]) -> tuple[SaveJob, list[str]]:
         if not isinstance(given, Mapping):
             notes.append(f"{name} is left out: {type(given).__name__} is no dictionary")
             given = {}
-        fields[name] = {str(key): value for key, value in given.items()}
+        fields[name] = {_plain(str(key), name, notes): value for key, value in given.items()}
     places = [("", fields, "prompt"), *((f"{name}.", fields[name], key) for name in _HELD for key in fields[name])]
     sizes = []
     for prefix, holder, key in places:

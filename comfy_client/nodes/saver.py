@@ -115,7 +115,7 @@ class LunaMultiSaver:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, save_path: str | None, filename: str | None) -> bool | str:
+    def VALIDATE_INPUTS(cls, save_path: str | None = None, filename: str | None = None) -> bool | str:
         for name, template in (("save_path", save_path), ("filename", filename)):
             try:
                 check_template(template or "")  # None where another node gives it
@@ -161,7 +161,7 @@ def _send(vae: Any, job: SaveJob, tensors: dict[str, Any], node: str) -> tuple[l
         own = cache(lambda: local.loaded({"vae": remote.model.checkpoint})["vae"])
         gone = isinstance(error, Unavailable) and error.retry_after is None
         ways = [] if gone else [vae.decode]
-        return _save_locally(job, tensors, [*ways, lambda latent: own().decode(latent)], str(error))
+        return _save_locally(job, tensors, [*ways, lambda latent: own().decode(latent)], str(error) or repr(error))
     _WATCH.follow(remote.replicas.server, job.job_id, node)
     return accepted.files, accepted.warnings
 
