@@ -14,9 +14,13 @@ from torch import Tensor
 
 from comfy_client.manager import Manager
 from comfy_client.transport import Transport
-from luna_protocol.blob import Blob
+from luna_protocol import MAX_BODY_BYTES
+from luna_protocol.blob import MAX_HEADER_BYTES, Blob
 from luna_protocol.errors import Internal
 from luna_protocol.messages import Missing, Request, validate
+
+_WORKERS = 16
+_MAX_TENSORS = 8192  # of which the header names each
 
 
 class Server(Manager):
@@ -36,16 +40,40 @@ class Server(Manager):
         """
         tensors = tensors or {}
         hashes = {name: _known_as(name, request) for name in tensors}
-        sent = {name: tensor for name, tensor in tensors.items() if hashes[name] is None}
-        while True:
+        always = {name: tensor for name, tensor in tensors.items() if hashes[name] is None}
+        sent = always
+        # Each of a model's workers may lack each hash, and a body may have room for one at a time.
+        for _ in range(2 + _WORKERS * len(set(hashes.values()))):
             message, reply = self._transport.ask(Blob(request, sent), lambda body: self._predict(model, body))
             if message.get("kind") != "missing":
                 return message, reply
             missing = validate(Missing, message).hashes
             lacking = {name: tensor for name, tensor in tensors.items() if hashes[name] in missing}
             if not lacking.keys() - sent.keys():
-                raise Internal(f"{model} asks for tensors that it was sent, or that this request lacks: {missing}")
-            sent |= lacking
+                break
+            sent = _filled(always, lacking | sent, hashes)
+        raise Internal(f"{model} asks for tensors that it was sent, or that this request lacks: {missing}")
+
+    @property
+    def shares_memory(self) -> bool:
+        """As `Transport.shares_memory`."""
+        return self._transport.shares_memory
+
+
+def _filled(always: dict[str, Tensor], wanted: dict[str, Tensor], hashes: dict[str, str | None]) -> dict[str, Tensor]:
+    """Of the `wanted` tensors what one body can hold, and at least the first hash's. Workers keep what came."""
+    sets: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in wanted.items():
+        if name not in always:
+            sets.setdefault(hashes[name], {})[name] = tensor
+    portion = dict(always)
+    for tensors in sets.values():
+        grown = portion | tensors
+        too_much = sum(tensor.nbytes for tensor in grown.values()) > MAX_BODY_BYTES - MAX_HEADER_BYTES
+        if len(portion) > len(always) and (too_much or len(grown) > _MAX_TENSORS):
+            break
+        portion = grown
+    return portion
 
 
 def _known_as(tensor: str, request: Request) -> str | None:

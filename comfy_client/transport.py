@@ -33,6 +33,11 @@ class Transport:
         self._address = address
         self._leases = _Leases() if is_loopback(address) else None
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether calls go through shared memory, as far as is known; else `MAX_BODY_BYTES` bounds each of them."""
+        return self._leases is not None
+
     def ask(self, blob: Blob, send: Callable[[Body], Answer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The reply that `send` brings to a blob: its message, and its tensors in memory of their own."""
         if leases := self._leases:

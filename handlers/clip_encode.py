@@ -9,9 +9,9 @@ from handlers.engine import tokenizer
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.lora.names import text_targets
 from handlers.engine.text_encoder import TextEncoder
-from handlers.patched_handler import PatchedHandler
+from handlers.patched_handler import PatchedHandler, refuse_unknown
 from handlers.role_handler import Item, Reply
-from luna_protocol.errors import Impossible, NotFound
+from luna_protocol.errors import Impossible, NotFound, TooLarge
 from luna_protocol.messages import ClipEncode, ClipOutput, ClipText
 
 MAX_ROWS = 256
@@ -41,7 +41,14 @@ class ClipHandler(PatchedHandler):
 
     def check(self, item: Item) -> None:
         if isinstance(item.request, ClipText):
+            refuse_unknown(item, ())
+            if (count := tokenizer.count_sections(item.request.texts)) > MAX_ROWS:
+                raise TooLarge(
+                    f"the texts make {count} sections of 77 tokens, each text as many as the longest",
+                    f"at most {MAX_ROWS} go in a request: send fewer texts, or shorter ones",
+                )
             return
+        refuse_unknown(item, ("tokens", "embeddings", "embedding_positions"))
         self._encoder(item.request.encoder)
         tokens = item.take("tokens", 2, floating=False)
         if not 1 <= len(tokens) <= MAX_ROWS:

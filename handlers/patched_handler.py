@@ -1,7 +1,8 @@
 """What the roles share whose weights LoRAs patch: uploads, stacks, the choice between merging and not, reports."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from torch import Tensor, nn
 
@@ -9,11 +10,11 @@ from handlers.engine.lora.files import LoraFiles
 from handlers.engine.lora.names import Targets
 from handlers.engine.lora.overlays import Match, Overlays
 from handlers.role_handler import Item, Reply, RoleHandler
-from luna_protocol.errors import Malformed
+from luna_protocol.errors import Impossible, Malformed
 from luna_protocol.messages import LoraReport, Patched
 
 UPLOAD = "lora."
-MAX_NAMES = 256
+MAX_NAMES = 256  # in one reply
 _COUNTERS = {
     "LoraMerges": "merges",
     "LoraOverlayHits": "hits",
@@ -96,6 +97,18 @@ class PatchedHandler(RoleHandler):
         )
 
 
+def refuse_unknown(item: Item, known: Collection[str]) -> None:
+    """Checks that no tensors besides the `known` ones came, LoRAs' left aside.
+
+    Raises:
+        Impossible: naming those that did.
+    """
+    if unknown := sorted(item.tensors.keys() - known):
+        raise Impossible(
+            f"unknown tensors came: {', '.join(unknown)}", f"this model takes {', '.join(known) or 'none with this'}"
+        )
+
+
 def _uploads(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """{content hash: tensors under their names in the file}, taken out of a request's tensors."""
     uploads: dict[str, dict[str, Tensor]] = {}
@@ -106,13 +119,20 @@ def _uploads(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _reports(request: Patched, matches: Sequence[Match]) -> list[LoraReport]:
-    return [
-        LoraReport(
-            name=use.name,
-            content=use.content,
-            matched=match.patched,
-            unmatched=len(match.unmatched),
-            unmatched_names=list(match.unmatched[:MAX_NAMES]),
+    reports, room = [], MAX_NAMES
+    for use, match in zip((*request.lora, *request.hook_lora), matches, strict=True):
+        skipped = [f"{layer}: {reason}" for layer, reason in islice(match.skipped.items(), room)]
+        unmatched = list(match.unmatched[: room - len(skipped)])
+        room -= len(skipped) + len(unmatched)
+        reports.append(
+            LoraReport(
+                name=use.name,
+                content=use.content,
+                matched=match.patched,
+                skipped=len(match.skipped),
+                skipped_layers=skipped,
+                unmatched=len(match.unmatched),
+                unmatched_names=unmatched,
+            )
         )
-        for use, match in zip((*request.lora, *request.hook_lora), matches, strict=True)
-    ]
+    return reports

@@ -192,7 +192,7 @@ class RoleHandler:
 
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
         if isinstance(self.failure, OutOfMemory | Broken):
-            raise self.failure
+            raise self.failure.fresh()
         if self.failure is not None:
             raise Broken(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
         message, tensors = self.transport.receive(row)

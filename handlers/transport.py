@@ -5,13 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from luna_protocol import BLOB, JSON
+from luna_protocol import BLOB, JSON, MAX_BODY_BYTES
 from luna_protocol.blob import Blob, unpack
 from luna_protocol.errors import Malformed, TooLarge
 from luna_protocol.messages import Readiness, validate
 from luna_protocol.shared_memory import Attachments, SharedBlob
-
-MAX_BODY_BYTES = 202_375_168  # max_response_size of config.properties; TorchServe kills a worker that answers more
 
 
 class Transport:
@@ -53,7 +51,7 @@ class Transport:
         if place is not None and reply.size <= place.reply_bytes:
             reply.write(self._attachments.view(place.reply, reply.size))
             return JSON, json.dumps({"shared_memory": reply.size}).encode()
-        if reply.size > MAX_BODY_BYTES:
+        if reply.size > MAX_BODY_BYTES:  # TorchServe would kill this worker
             raise TooLarge(
                 f"the reply has {reply.size} bytes, a body at most {MAX_BODY_BYTES}", "send fewer pictures a request"
             )

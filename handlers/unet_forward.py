@@ -12,13 +12,12 @@ from handlers.engine.lora.names import unet_targets
 from handlers.engine.step_cache import Outcome, Row, StepCache, rows_of
 from handlers.engine.step_presets import Presets
 from handlers.engine.unet import Control, UNet
-from handlers.patched_handler import PatchedHandler
+from handlers.patched_handler import PatchedHandler, refuse_unknown
 from handlers.role_handler import Item, Reply
 from luna_protocol.errors import Impossible, Malformed
-from luna_protocol.messages import StepCacheReport, UNetForward, UNetOutput
+from luna_protocol.messages import MAX_ROWS, StepCacheReport, UNetForward, UNetOutput
 
 MAX_LATENT_POSITIONS = 1024 * 1024  # 8192 x 8192 pixels a row
-MAX_ROWS = 64
 _PLACES = ("input", "middle", "output")
 
 
@@ -73,12 +72,29 @@ class UNetHandler(PatchedHandler):
                 raise Impossible(f"y has width {sent['y'].shape[1]}", f"this UNet takes {layout.adm_channels}")
         elif "y" in item.tensors:
             raise Impossible("y was sent to a UNet without vector conditioning", "send y to SDXL models only")
-        sent |= {name: tensor for name, tensor in item.tensors.items() if name.startswith("control.")}
+        residuals = {name: tensor for name, tensor in item.tensors.items() if name.startswith("control.")}
+        refuse_unknown(item, ("x", *sent, *residuals))
+        sent |= residuals
         for name, tensor in sent.items():
             if not tensor.ndim or len(tensor) != rows:
                 raise Impossible(f"{name} has shape {list(tensor.shape)}", f"x has {rows} rows, so must {name}")
-        _control(item.tensors)
+        self._check_control(_control(item.tensors), *sides)
         self._cache_rows(item)
+
+    def _check_control(self, control: Control, height: int, width: int) -> None:
+        for place, shapes in self.unet.control_shapes(height, width).items():
+            residuals = control.get(place, [])
+            if len(residuals) > len(shapes):
+                raise Impossible(
+                    f"there is a residual control.{place}.{len(residuals) - 1}",
+                    f"this UNet has {len(shapes)} {place} blocks, counted from 0",
+                )
+            for index, (residual, shape) in enumerate(zip(residuals, shapes, strict=False)):
+                if residual is not None and residual.shape[1:] != shape:
+                    raise Impossible(
+                        f"control.{place}.{index} has shape {list(residual.shape)}",
+                        f"this UNet adds [B, {', '.join(map(str, shape))}] there: is the ControlNet of this family?",
+                    )
 
     def rows(self, item: Item[UNetForward]) -> int | None:
         # The side path finds a row's LoRAs by its place in the batch, which the step cache takes apart, and works by

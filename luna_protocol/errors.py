@@ -2,12 +2,15 @@
 
 import json
 
+MAX_TEXT = 2000
+
 
 class LunaError(Exception):
     """A fault that its reader can act on.
 
     Args:
-        message: what was wrong, with the offending value.
+        message: what was wrong, with the offending value; like `hint`, its middle is left out beyond `MAX_TEXT`
+            characters.
         hint: what would be right.
         retry_after: seconds after which trying again makes sense, or None.
     """
@@ -16,14 +19,25 @@ class LunaError(Exception):
     code = "internal"
 
     def __init__(self, message: str, hint: str = "", retry_after: float | None = None):
+        self.message, self.hint = message, hint = _bounded(message), _bounded(hint)
         super().__init__(f"{message} ({hint})" if hint else message)
-        self.message = message
-        self.hint = hint
         self.retry_after = retry_after
+
+    def fresh(self) -> "LunaError":
+        """The same fault without a traceback: one object raised again and again keeps every request's frames."""
+        return type(self)(self.message, self.hint, self.retry_after)
 
     def to_json(self) -> bytes:
         body = {"code": self.code, "type": type(self).__name__, "message": self.message, "hint": self.hint}
         return json.dumps(body).encode()
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= MAX_TEXT:
+        return text
+    left_out = f" [... {len(text) - MAX_TEXT} characters left out ...] "
+    half = (MAX_TEXT - len(left_out)) // 2
+    return text[:half] + left_out + text[-half:]
 
 
 class Malformed(LunaError):

@@ -14,7 +14,8 @@ from luna_protocol.errors import Impossible, Malformed, VersionMismatch
 ContentHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Preset = Literal["quality", "balanced", "fast"]
-Strength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+MAX_LORAS = 4096  # loaders that weigh blocks give each layer a strength of its own
+MAX_ROWS = 64
 
 
 class Message(BaseModel):
@@ -45,8 +46,8 @@ class LoraUse(Message):
 
     name: Name | None = None
     content: ContentHash | None = None
-    strength_patch: Strength = 1.0
-    strength_model: Strength = 1.0
+    strength_patch: FiniteFloat = 1.0
+    strength_model: FiniteFloat = 1.0
 
     @model_validator(mode="after")
     def _one_source(self) -> "LoraUse":
@@ -55,7 +56,7 @@ class LoraUse(Message):
         return self
 
 
-LoraUses = Annotated[list[LoraUse], Field(default_factory=list, max_length=64)]
+LoraUses = Annotated[list[LoraUse], Field(default_factory=list, max_length=MAX_LORAS)]
 
 
 class Patched(Request):
@@ -69,15 +70,18 @@ class Patched(Request):
 
 
 class LoraReport(Message):
-    """What became of one LoRA: how many weights it patched, and which of its tensors fit nothing in this model.
+    """What became of one LoRA: how many weights it patches, how many of its layers were left out because they cannot be
+    applied (another shape, half a patch, not finite), and how many of its tensors belong to no layer of this model.
 
     Tensors for the checkpoint's other parts (a text encoder's, asked of the UNet) are not among the unmatched.
-    unmatched_names lists the first 256 of them.
+    skipped_layers ("layer: reason") and unmatched_names list the first of them, 256 in a whole reply.
     """
 
     name: str | None = None
     content: str | None = None
     matched: int
+    skipped: int = 0
+    skipped_layers: list[str] = []
     unmatched: int = 0
     unmatched_names: list[str] = []
 
@@ -138,7 +142,7 @@ class FreeU(Message):
 
 
 class UNetForward(Patched):
-    """One evaluation of the UNet.
+    """One evaluation of the UNet, of at most `MAX_ROWS` rows.
 
     Tensors: x [B, C, H, W] in the UNet's own space; timesteps [B] (0..999, fractions allowed); context [B, T, D]; y
     [B, A] where the family has it (SDXL: pooled output and sizes, as ComfyUI computes it);

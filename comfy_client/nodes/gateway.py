@@ -10,6 +10,7 @@ from comfy_client.nodes import choices
 from comfy_client.nodes.router import CHECKPOINT_ATTACHMENT
 from comfy_client.nodes.step_cache import INPUTS as CACHE_INPUTS
 from comfy_client.nodes.step_cache import cached
+from comfy_client.notice import warn
 from comfy_client.prompt_loras import LoraChoice, split
 from comfy_client.proxies.step_cache import StepCacheSettings
 
@@ -162,6 +163,11 @@ class LunaConfigGateway:
         positive_clean, from_positive = split(positive)
         negative_clean, from_negative = split(negative)
         chosen = [*(LoraChoice(*entry) for entry in lora_stack or []), *from_positive, *from_negative]
+        for lora in chosen:
+            if lora.ignored:
+                warn(
+                    f"<lora:{lora.name}...> is applied without {', '.join(lora.ignored)}, which LunaServe does not know"
+                )
         if clip_skip_timing == "before_lora":
             clip = _skipped(clip, clip_skip)
         name = model.get_attachment(CHECKPOINT_ATTACHMENT) or ""

@@ -13,6 +13,7 @@ from torch import Tensor
 from comfy_client.proxies.refusals import refuse
 from luna_protocol.blob import set_hash
 
+PART_BYTES = 48 << 20
 # The order in which ComfyUI's weight adapters keep what they read, by their `name`, under the names files use.
 _SLOTS = {
     "lora": ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale", "reshape_weight"),
@@ -35,27 +36,60 @@ _SLOTS = {
 
 
 class CapturedLora:
-    """What one loader added to a model, serialised when first needed.
+    """What loaders added to a model with the same strengths, serialised when first needed.
 
     Args:
-        patches: {key of ComfyUI's state dict: weight adapter, or ("diff" | "set", (tensor,))}.
+        patches: {key of ComfyUI's state dict, or (key, slice of the weight, ...): any patch that `add_patches` takes}.
     """
 
-    def __init__(self, patches: Mapping[str, Any]) -> None:
-        self._patches = patches
+    def __init__(self, patches: Mapping[Any, Any]) -> None:
+        self._patches = dict(patches)
+        self._weights = frozenset(map(_weight, self._patches))
+
+    def is_apart_from(self, other: "CapturedLora") -> bool:
+        """Whether the two patch no weight in common, so that their order makes no difference."""
+        return self._weights.isdisjoint(other._weights)
+
+    def joined(self, other: "CapturedLora") -> "CapturedLora":
+        """Both, which are apart."""
+        return CapturedLora(self._patches | other._patches)
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """{name in a LoRA file: tensor}."""
-        return lora_file(self._patches)
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """{hash that stands for the tensors: {name in a LoRA file: tensor}}.
 
-    @cached_property
-    def content(self) -> str:
-        """The hash that stands for `tensors`."""
-        return set_hash(self.tensors)
+        Several where there are more than `PART_BYTES`: a request body holds one at a time. Each layer is in one of
+        them, so that they add up to the whole.
+        """
+        parts: list[dict[str, Tensor]] = [{}]
+        room = PART_BYTES
+        for key, patch in self._patches.items():
+            tensors = lora_file({key: patch})
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if size > room and parts[-1]:
+                parts.append({})
+                room = PART_BYTES
+            parts[-1] |= tensors
+            room -= size
+        return {set_hash(part): part for part in parts}
 
 
-def lora_file(patches: Mapping[str, Any]) -> dict[str, Tensor]:
+def add_captured(stack: list[tuple], lora: CapturedLora, strength_patch: float, strength_model: float) -> None:
+    """Append to a stack of stock patch tuples, or join an entry of the same strengths that no later one overlaps.
+
+    Loaders that weigh blocks add each of hundreds of layers by itself; what has no order stays one LoRA for the server.
+    """
+    for index in reversed(range(len(stack))):
+        strength, other, of_model, *_ = stack[index]
+        if not isinstance(other, CapturedLora) or not lora.is_apart_from(other):
+            break
+        if (strength, of_model) == (strength_patch, strength_model):
+            stack[index] = (strength_patch, other.joined(lora), strength_model, None, None)
+            return
+    stack.append((strength_patch, lora, strength_model, None, None))
+
+
+def lora_file(patches: Mapping[Any, Any]) -> dict[str, Tensor]:
     """ComfyUI's patches as the tensors of a LoRA file whose layers have ComfyUI's own names.
 
     Raises:
@@ -65,22 +99,32 @@ def lora_file(patches: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, patch in patches.items():
         if not isinstance(key, str):
             refuse(f"The LoRA patch of {key[0]}", "changes a slice of a weight")
-        layer, _, parameter = key.rpartition(".")
-        tensors |= {f"{layer}.{slot}": value for slot, value in _slots(key, patch, parameter).items()}
+        layer = key.removesuffix(".weight")
+        tensors |= {f"{layer}.{slot}": value for slot, value in _slots(key, patch).items()}
     return tensors
 
 
-def _slots(key: str, patch: Any, parameter: str) -> dict[str, Tensor]:
+def _weight(key: Any) -> str:
+    return key if isinstance(key, str) else key[0]
+
+
+def _slots(key: str, patch: Any) -> dict[str, Tensor]:
+    if isinstance(patch, list):
+        refuse(f"The merge of another model into {key} (ModelMergeSimple, for instance)", "reads the weights")
     if isinstance(patch, tuple):
-        kind, values = patch
-        slot = {"weight": {"diff": "diff", "set": "set_weight"}, "bias": {"diff": "diff_b"}}[parameter].get(kind)
+        kind, values = patch if len(patch) == 2 else ("diff", patch)
+        if kind == "diff" and values[0] is None:  # for strength_model alone
+            return {"no_diff": torch.empty(0)}
+        slot = {"diff": "diff", "set": "set_weight"}.get(kind)
         if slot is None or len(values) != 1:
             refuse(f"The patch of {key}", f"is of the kind {kind!r} and needs weights")
         return {slot: values[0]}
     if patch.name not in _SLOTS:
         refuse(f"The {patch.name} adapter of {key}", "is of a kind that needs weights")
-    filled = zip(_SLOTS[patch.name], patch.weights, strict=True)
-    return {slot: _tensor(value) for slot, value in filled if value is not None}
+    slots = _SLOTS[patch.name]
+    if any(value is not None for value in patch.weights[len(slots) :]):
+        refuse(f"The {patch.name} adapter of {key}", "has more tensors than its format had, and needs weights")
+    return {slot: _tensor(value) for slot, value in zip(slots, patch.weights, strict=False) if value is not None}
 
 
 def _tensor(value: Tensor | float | list[int]) -> Tensor:

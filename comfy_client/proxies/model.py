@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +13,20 @@ from torch import Tensor, nn
 
 from comfy_client.content_hashes import ContentHashes
 from comfy_client.proxies.free_u import take_free_u
+from comfy_client.proxies.lora_upload import PART_BYTES
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse, refuse_block_patches
 from comfy_client.proxies.remote import Remote
 from comfy_client.proxies.step_cache import STEP_CACHE_KEY, StepCacheSettings
-from luna_protocol.messages import StepCache, UNetForward
+from comfy_client.row_groups import in_groups
+from luna_protocol import MAX_BODY_BYTES
+from luna_protocol.blob import MAX_HEADER_BYTES
+from luna_protocol.messages import MAX_ROWS, StepCache, UNetForward
 
 log = logging.getLogger(__name__)
 
+# Of a request whose tensors are an HTTP body: beside them there is room for a part of a LoRA, and the message.
+_TENSOR_BYTES = MAX_BODY_BYTES - PART_BYTES - MAX_HEADER_BYTES
 _FAMILIES = {"sd15": supported_models.SD15, "sdxl": supported_models.SDXL}
 
 
@@ -69,14 +76,15 @@ class RemoteUNet(nn.Module):
         self._shapes = shapes
         self._model_channels = model.model_config.unet_config["model_channels"]
         self._hashes = ContentHashes()
-        # Not a submodule: the model owns this UNet.
-        object.__setattr__(self, "_model", model)
+        # The model owns this UNet: a cycle would keep both until a full garbage collection.
+        self._model = weakref.ref(model)
         self.begin_session()
 
     def begin_session(self) -> None:
         """A sampling run begins: step caches of earlier ones do not count, and another replica may be free."""
         self._session, self._step, self._seen = uuid.uuid4().hex, 0, set()
         self._settled = False
+        self._most_rows = MAX_ROWS
         self._rows, self._hits, self._seconds_saved = 0, 0, 0.0
 
     def end_session(self) -> None:
@@ -122,37 +130,55 @@ class RemoteUNet(nn.Module):
         tensors = {"x": x, "timesteps": timesteps, "context": context} | _residuals(control)
         if y is not None:
             tensors["y"] = y
-        request = UNetForward(
-            references={"context": self._hashes.of(context)},
-            step_cache=self._step_cache(options, timesteps),
-            free_u=free_u,
-            **self.lora_stack.request_fields(),
-        )
-        message, reply = self.remote.ask(request, tensors | self.lora_stack.tensors(), self._settled)
-        self._settled = True
-        self._count(message.get("step_cache"))
-        return reply["out"].to(x.device)
+        conds = [str(cond) for cond in options.get("uuids", [0])]
+        self._count_step(conds)
+        names = [cond for cond in conds for _ in range(len(x) // len(conds))]
+        lora_fields, lora_tensors = self.lora_stack.request_fields(), self.lora_stack.tensors()
 
-    def _step_cache(self, options: Mapping[str, Any], timesteps: Tensor) -> StepCache | None:
-        """Where this evaluation stands in the run; None unless a Luna node switched the cache on.
+        def ask(rows: list[int], group: str) -> Tensor:
+            # Of all rows at once nothing is copied, as strides choose kernels.
+            own = {name: tensor[rows] for name, tensor in tensors.items()} if group else tensors
+            request = UNetForward(
+                references={"context": self._hashes.of(own["context"])},
+                step_cache=self._step_cache(options, group, names, rows),
+                free_u=free_u,
+                **lora_fields,
+            )
+            message, reply = self.remote.ask(request, own | lora_tensors, self._settled)
+            self._settled = True
+            self._count(message.get("step_cache"))
+            return reply["out"]
 
-        A sampler's evaluation may come in several calls, one for some conds each. It is over, and the next begins, when
-        a cond comes back.
-        """
-        settings: StepCacheSettings | None = options.get(STEP_CACHE_KEY)
-        if settings is None:
-            return None
-        conds = [str(cond) for cond in options["uuids"]]
+        out, self._most_rows = in_groups(ask, len(x), len(conds), self._row_limit(tensors))
+        return out.to(x.device)
+
+    def _row_limit(self, tensors: Mapping[str, Tensor]) -> int:
+        if self.remote.shares_memory:
+            return self._most_rows
+        row_bytes = sum(tensor.nbytes for tensor in tensors.values()) // len(tensors["x"])
+        return max(1, min(self._most_rows, _TENSOR_BYTES // row_bytes))
+
+    def _count_step(self, conds: list[str]) -> None:
+        """A sampler's evaluation may come in several calls, one for some conds each. It is over, and the next begins,
+        when a cond comes back."""
         if self._seen & set(conds):
             self._step += 1
             self._seen = set()
         self._seen |= set(conds)
-        rows = len(timesteps) // len(conds)
-        names = [cond for cond in conds for _ in range(rows)]
-        return settings.request(self._session, self._step, names, self._timestep_at)
+
+    def _step_cache(
+        self, options: Mapping[str, Any], group: str, names: list[str], rows: list[int]
+    ) -> StepCache | None:
+        """Where these rows stand in the run; None unless a Luna node switched the cache on."""
+        settings: StepCacheSettings | None = options.get(STEP_CACHE_KEY)
+        if settings is None:
+            return None
+        # A session numbers its latents by their places in a request, and each group of rows has others.
+        session = f"{self._session} {group}".strip()
+        return settings.request(session, self._step, [names[row] for row in rows], self._timestep_at)
 
     def _timestep_at(self, percent: float) -> float:
-        sampling = self._model.model_sampling
+        sampling = self._model().model_sampling
         return float(sampling.timestep(torch.tensor(sampling.percent_to_sigma(percent))))
 
 

@@ -9,9 +9,9 @@ from comfy.hooks import HookGroup
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from comfy_client.proxies.lora_upload import CapturedLora
+from comfy_client.proxies.lora_upload import CapturedLora, add_captured
 from comfy_client.proxies.refusals import refuse
-from luna_protocol.messages import LoraUse
+from luna_protocol.messages import MAX_LORAS, LoraUse
 
 # Stock patchers keep {weight's key: patches in the order added}. One entry for the whole model keeps the order among
 # LoRAs, which decides the result, and lets the stock class copy, compare and scale it as it does its own.
@@ -41,15 +41,22 @@ class LoraStack:
 
     def tensors(self) -> dict[str, Tensor]:
         """What the server may ask for: the captured LoRAs' tensors under the names they travel by."""
-        captured = (lora for _, lora, *_ in self.patches + self.hooks if isinstance(lora, CapturedLora))
-        return {f"lora.{lora.content}.{name}": tensor for lora in captured for name, tensor in lora.tensors.items()}
+        captured = [lora for _, lora, *_ in self.patches + self.hooks if isinstance(lora, CapturedLora)]
+        parts = [part for lora in captured for part in lora.parts.items()]
+        return {f"lora.{content}.{name}": tensor for content, part in parts for name, tensor in part.items()}
 
 
 def _uses(patches: list[tuple]) -> list[LoraUse]:
     uses = []
     for strength_patch, lora, strength_model, *_ in patches:
-        which = {"name": lora.name} if isinstance(lora, ServerLora) else {"content": lora.content}
-        uses.append(LoraUse(strength_patch=strength_patch, strength_model=strength_model, **which))
+        server = isinstance(lora, ServerLora)
+        for which in [{"name": lora.name}] if server else [{"content": content} for content in lora.parts]:
+            uses.append(LoraUse(strength_patch=strength_patch, strength_model=strength_model, **which))
+    if len(uses) > MAX_LORAS:
+        refuse(
+            f"A stack of {len(uses)} LoRAs (a loader that gives each layer a strength of its own counts for many)",
+            f"has more than {MAX_LORAS} with different strengths for weights",
+        )
     return uses
 
 
@@ -67,9 +74,17 @@ class RemotePatcher(ModelPatcher):
         """A patcher whose model takes part in ComfyUI's bookkeeping on its usual device."""
         return cls(model, model_management.get_torch_device(), model_management.unet_offload_device())
 
+    def clone(self, *args: Any, **options: Any):
+        clone = super().clone(*args, **options)
+        # ComfyUI goes from a clone that is gone to its parent, and reports a leak where that is gone too but the model
+        # is not. A failed run's clones go all at once; the first patcher stays as long as the model.
+        clone.parent = self.parent or self
+        return clone
+
     def add_server_lora(self, name: str, strength: float) -> None:
         """Add a LoRA file that lies on the server."""
-        self._append(self.patches, ServerLora(name), strength, 1.0)
+        self.patches.setdefault(_WHOLE_MODEL, []).append((strength, ServerLora(name), 1.0, None, None))
+        self._renew()
 
     # LoRA: written down instead of computed
 
@@ -100,11 +115,11 @@ class RemotePatcher(ModelPatcher):
         known = self.model_state_dict()
         ours = {key: patch for key, patch in patches.items() if (key if isinstance(key, str) else key[0]) in known}
         if ours:
-            self._append(into, CapturedLora(ours), strength_patch, strength_model)
+            add_captured(into.setdefault(_WHOLE_MODEL, []), CapturedLora(ours), strength_patch, strength_model)
+            self._renew()
         return list(ours)
 
-    def _append(self, into: dict, lora: CapturedLora | ServerLora, strength_patch: float, strength_model: float):
-        into.setdefault(_WHOLE_MODEL, []).append((strength_patch, lora, strength_model, None, None))
+    def _renew(self) -> None:
         # A new identity, as ComfyUI gives it, so that a loaded clone is known to differ.
         self.patches_uuid = uuid.uuid4()
 

@@ -10,6 +10,7 @@ import torch
 from comfy import model_management
 from torch import Tensor
 
+from comfy_client.notice import warn
 from comfy_client.replicas import Replicas
 from comfy_client.server import Server
 from luna_protocol.messages import DescribeModel, ModelDescription, Request, ServedModel, validate
@@ -49,6 +50,11 @@ class Remote:
         return self.description.model
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether requests reach the server through shared memory; else HTTP bounds their size."""
+        return self.replicas.server.shares_memory
+
+    @property
     def dtype(self) -> torch.dtype:
         """What its workers compute in; float32 while none is loaded."""
         return next((_DTYPES[worker.dtype] for worker in self.model.workers if worker.dtype), torch.float32)
@@ -75,15 +81,23 @@ class Remote:
 
         message, reply = interruptible(call)
         for report in message.get("lora", []):
-            self._tell_unmatched(report)
+            self._warn_of(report)
         return message, reply
 
-    def _tell_unmatched(self, report: dict[str, Any]) -> None:
-        lora = report.get("name") or report.get("content")
-        if report.get("unmatched") and lora not in self._told:
-            self._told.add(lora)
+    def _warn_of(self, report: dict[str, Any]) -> None:
+        """Name once in the log what is not applied of a LoRA."""
+        lora, unmatched, skipped = (report.get("name") or report["content"], report["unmatched"], report["skipped"])
+        if not (unmatched or skipped) or lora in self._told:
+            return
+        self._told.add(lora)
+        if not report["matched"]:
+            warn(f"LoRA {lora} changes nothing in {self.model.name}: is it for another family?")
+        if skipped:
+            layers = "; ".join(report["skipped_layers"][:5])
+            log.warning("LoRA %s: %d layers cannot be applied to %s: %s", lora, skipped, self.model.name, layers)
+        if unmatched:
             names = ", ".join(report["unmatched_names"][:5])
-            log.warning("LoRA %s: %d tensors fit nothing in %s: %s", lora, report["unmatched"], self.model.name, names)
+            log.warning("LoRA %s: %d tensors fit nothing in %s: %s", lora, unmatched, self.model.name, names)
 
 
 def interruptible(call: Callable[[], Result]) -> Result:
@@ -110,5 +124,6 @@ def interruptible(call: Callable[[], Result]) -> Result:
         thread.join(_INTERRUPT_POLL_SECONDS)
         model_management.throw_exception_if_processing_interrupted()
     if failure:
-        raise failure[0]
+        # Taken out, as its traceback holds this frame: the two would keep each other, and all that the run held.
+        raise failure.pop()
     return outcome[0]

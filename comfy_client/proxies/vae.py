@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse
 from comfy_client.proxies.remote import Remote
+from comfy_client.row_groups import in_groups
 from luna_protocol.errors import OutOfMemory
 from luna_protocol.messages import Request, VaeDecode, VaeEncode
 
@@ -51,12 +52,15 @@ class RemoteAutoencoder(nn.Module):
         return self._ask(VaeDecode(), "latent", latent, "pixels")
 
     def _ask(self, request: Request, name: str, tensor: Tensor, reply: str) -> Tensor:
+        def ask(rows: list[int], group: str) -> Tensor:
+            _, tensors = self.remote.ask(request, {name: tensor[rows] if group else tensor})
+            return tensors[reply]
+
         try:
-            _, tensors = self.remote.ask(request, {name: tensor})
+            return in_groups(ask, len(tensor), 1, len(tensor))[0].to(tensor.device)
         except OutOfMemory as error:
             # ComfyUI's own answer to this exception is to go on tile by tile.
             raise model_management.OOM_EXCEPTION(str(error)) from error
-        return tensors[reply].to(tensor.device)
 
 
 def _next_to_nothing(*_args: Any, **_options: Any) -> int:

@@ -36,6 +36,7 @@ with _without("transformers", "torch._dynamo"):
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.downsampling import Downsample2D
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -46,6 +47,7 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderTiny",
     "BasicTransformerBlock",
+    "Downsample2D",
     "ResnetBlock2D",
     "Transformer2DModel",
     "UNet2DConditionModel",

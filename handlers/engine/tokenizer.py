@@ -16,6 +16,11 @@ def _tokenizer() -> Tokenizer:
     return Tokenizer()
 
 
+def count_sections(texts: list[str]) -> int:
+    """How many rows of 77 tokens `sections` makes of these texts."""
+    return len(texts) * max(len(_split(text)) for text in texts)
+
+
 def sections(texts: list[str], pad: int) -> torch.Tensor:
     """Token ids [len(texts), S, 77], int64; S is what the longest text needs, shorter ones get empty sections.
 

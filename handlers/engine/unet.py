@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from handlers.engine.checkpoints import Part, part_shapes, read_header
-from handlers.engine.diffusers_modules import ResnetBlock2D, Transformer2DModel, UNet2DConditionModel, Upsample2D
+from handlers.engine.diffusers_modules import (
+    Downsample2D,
+    ResnetBlock2D,
+    Transformer2DModel,
+    UNet2DConditionModel,
+    Upsample2D,
+)
 from handlers.engine.free_u import reweigh
 from handlers.engine.unet_layout import UNetLayout
 from handlers.engine.weights import adopt, read_tensors
@@ -129,6 +135,15 @@ class UNet:
     @property
     def device(self) -> torch.device:
         return self.model.conv_in.weight.device
+
+    def control_shapes(self, height: int, width: int) -> dict[str, list[tuple[int, int, int]]]:
+        """{place: shapes [channels, h, w] of the residuals that can be added there, by index} for x [B, C, H, W]."""
+        inputs = []
+        for block in self.input_blocks:
+            if isinstance(block[0], Downsample2D):
+                height, width = (height + 1) // 2, (width + 1) // 2
+            inputs.append((block[0].out_channels, height, width))
+        return {"input": inputs, "middle": inputs[-1:], "output": inputs[::-1]}
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         """The time embedding [B, E] of timesteps [B] and, where the family has it, y [B, A]."""

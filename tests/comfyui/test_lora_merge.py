@@ -58,7 +58,7 @@ def test_every_format_merges_as_in_comfyui(theirs, form):
     shapes = {f"{layer}.weight": shape for layer, shape in SHAPES.items()}
     shapes |= {f"{layer}.bias": shape[:1] for layer, shape in SHAPES.items()}
     tensors = _file(form)
-    patches = LoraFiles((), targets, shapes, 0)._parse(form, tensors, tensors.__getitem__).patches
+    patches = LoraFiles((), targets, shapes, 0)._parse(tensors, tensors.__getitem__).patches
     compared = 0
     for key, weight in weights.items():
         target = f"{key.split('|')[0]}.weight"

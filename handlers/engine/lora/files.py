@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from handlers.engine.lora.merge import Patch, fits
 from handlers.engine.lora.names import Targets
 from handlers.engine.roots import find
 from luna_protocol.blob import set_hash
-from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound, TooLarge
+from luna_protocol.errors import Malformed, NotFound, TooLarge
 
 SUFFIX = ".safetensors"
 MAX_BYTES = 8 << 30
@@ -50,7 +50,7 @@ _ENDINGS = {
     **{
         f".{role}": role
         for role in (
-            *("alpha", "dora_scale", "oft_blocks", "rescale", "diff", "diff_b", "set_weight"),
+            *("alpha", "dora_scale", "oft_blocks", "rescale", "diff", "diff_b", "no_diff", "set_weight"),
             *(f"hada_w{i}_{side}" for i in "12" for side in "ab"),
             *("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_t2"),
             *(f"lokr_w{i}_{side}" for i in "12" for side in "ab"),
@@ -59,8 +59,9 @@ _ENDINGS = {
     ".w_norm": "diff",
     ".b_norm": "diff_b",
 }
-# {kind: (roles of which one set must be there, roles that may be)}
+# {kind: (roles of which one set must be there, roles that may be)}; a layer that has several kinds takes the last.
 _KINDS = {
+    "no_diff": ([{"no_diff"}], set()),
     "lora": ([{"lora_up", "lora_down"}], {"lora_mid", "dora_scale"}),
     "loha": ([{"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}], {"hada_t1", "hada_t2", "dora_scale"}),
     "lokr": (
@@ -77,6 +78,7 @@ _KINDS = {
     "diff": ([{"diff"}], set()),
     "set": ([{"set_weight"}], set()),
 }
+_NO_PATCH_ALONE = {"alpha", "dora_scale", "rescale"}
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Lora:
-    """A parsed LoRA: {our parameter: patch}, and the names of tensors that fit nothing in this model."""
+    """A parsed LoRA: {our parameter: patch}, {layer in the file: why it is left out}, and the names of tensors that
+    belong to no layer of this model."""
 
     patches: dict[str, Patch]
+    skipped: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
 
     @property
@@ -133,8 +137,8 @@ class LoraFiles:
         """The parsed LoRA, read from its file where need be; None for a client's tensors that are not held.
 
         Raises:
-            Malformed: the file is a pickle, is cut off, or holds incomplete or doubled patches.
-            Impossible: a patch of rank 0, of a wrong shape, not finite; or none that fits this model.
+            Malformed: the file is a pickle, or is cut off.
+            TooLarge: it has more than `MAX_BYTES`.
         """
         if source not in self._loras:
             if source.path is None:
@@ -147,8 +151,7 @@ class LoraFiles:
         """Takes a client's tensors, named as in a LoRA file.
 
         Raises:
-            Malformed: their hash is not `content`; or as `get`.
-            Impossible: as `get`.
+            Malformed: their hash is not `content`.
         """
         # Copied first: they may lie in memory that is the client's again after its reply.
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -160,8 +163,7 @@ class LoraFiles:
             )
         source = Source(content)
         if source not in self._loras:
-            # Copied: a request's tensors may lie in memory that is its client's.
-            self._keep(source, self._parse(content, tensors, lambda name: tensors[name].clone()))
+            self._keep(source, self._parse(tensors, tensors.__getitem__))
 
     def trim(self, spare: Collection[Source] = ()) -> None:
         """Drops the least recently used beyond the capacity, but none of `spare`, which a request still needs."""
@@ -183,75 +185,81 @@ class LoraFiles:
         try:
             with safe_open(source.path, "pt") as file:
                 # Copied out of the mapping: the file may be overwritten while its patches are in use.
-                return self._parse(source.label, names, lambda name: file.get_tensor(name).clone())
+                return self._parse(names, lambda name: file.get_tensor(name).clone())
         except (SafetensorError, OSError) as error:
             raise Malformed(f"{source.label} cannot be read: {error}", "is the file complete?") from error
 
-    def _parse(self, label: str, names: Iterable[str], read: Callable[[str], Tensor]) -> Lora:
-        found, strangers = self._sort(names)
+    def _parse(self, names: Iterable[str], read: Callable[[str], Tensor]) -> Lora:
+        """As in ComfyUI, layers that cannot be applied are left out, and unknown tensors ignored: both are reported."""
+        layers, skipped, unmatched = self._sort(names)
         patches: dict[str, Patch] = {}
-        for module, roles in found.items():
-            try:
-                for parameter, patch in self._patches(module, {role: read(name) for role, name in roles.items()}):
+        for layer, roles in layers.items():
+            tensors = {role: read(name) for role, name in roles.items()}
+            weight = self._targets.parameters[layer]
+            bias = {"diff": tensors.pop("diff_b")} if "diff_b" in tensors else {}
+            for parameter, own in ((weight, tensors), (weight.removesuffix("weight") + "bias", bias)):
+                if own.keys() <= _NO_PATCH_ALONE:
+                    continue
+                try:
+                    patch, unused = self._patch(parameter, own)
                     if parameter in patches:
-                        raise Malformed(f"{parameter} is patched twice", "a LoRA names each weight once")
+                        raise ValueError(f"{parameter} is patched twice")
+                except ValueError as error:
+                    skipped[layer] = str(error)
+                else:
                     patches[parameter] = patch
-            except LunaError as error:
-                raise type(error)(f"{label}, {module}: {error.message}", error.hint) from None
-        unmatched = [name for name in strangers if not name.startswith(self._targets.elsewhere)]
-        if not patches and unmatched:
-            raise Impossible(
-                f"{label} fits nothing in this model: {', '.join(unmatched[:3])} ({len(unmatched)} tensors in all)",
-                "is it for another family, or of a format that docs/lora.md does not list?",
-            )
-        return Lora(patches, tuple(unmatched))
+                    unmatched += [roles[role] for role in unused]
+        return Lora(patches, skipped, tuple(name for name in unmatched if not name.startswith(self._targets.elsewhere)))
 
-    def _sort(self, names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-        """{module: {role: tensor's name}} of what is ours, and the other names."""
-        found: dict[str, dict[str, str]] = {}
+    def _sort(self, names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+        """{layer: {role: tensor's name}} of what is ours, {layer: why not} of those with doubles, and other names."""
+        layers: dict[str, dict[str, str]] = {}
+        doubled: dict[str, str] = {}
         strangers = []
         for name in names:
             ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
-            module = name[: -len(ending)] if ending else ""
-            if module not in self._targets.parameters:
+            layer = name[: -len(ending)] if ending else ""
+            if layer not in self._targets.parameters:
                 strangers.append(name)
-            elif (other := found.setdefault(module, {}).setdefault(_ENDINGS[ending], name)) != name:
-                raise Malformed(f"{other} and {name} are the same tensor twice", "a LoRA names each weight once")
-        for module in [module for module, roles in found.items() if roles.keys() <= {"alpha", "dora_scale", "rescale"}]:
-            strangers += found.pop(module).values()
-        return found, strangers
+            elif (other := layers.setdefault(layer, {}).setdefault(_ENDINGS[ending], name)) != name:
+                doubled[layer] = f"{other} and {name} are the same tensor twice"
+        for layer in doubled:
+            del layers[layer]
+        for layer in [layer for layer, roles in layers.items() if roles.keys() <= _NO_PATCH_ALONE]:
+            strangers += layers.pop(layer).values()
+        return layers, doubled, strangers
 
-    def _patches(self, module: str, tensors: dict[str, Tensor]) -> Iterable[tuple[str, Patch]]:
-        """(our parameter, patch) for the tensors of one module: its weight's, and its bias's where it has one."""
-        weight = self._targets.parameters[module]
+    def _patch(self, parameter: str, tensors: dict[str, Tensor]) -> tuple[Patch, set[str]]:
+        """The patch that these {role: tensor} make, and the roles that it does not use.
+
+        Raises:
+            ValueError: why there is none that can be applied.
+        """
+        if parameter not in self._shapes:
+            raise ValueError(f"{parameter} is patched, but this model has none")
         alpha = tensors.pop("alpha", None)
         if alpha is not None and (alpha.numel() != 1 or not bool(torch.isfinite(alpha).all())):
-            raise Impossible(f"alpha is {alpha.flatten()[:3].tolist()}", "alpha is one finite number")
+            raise ValueError(f"alpha is {alpha.flatten()[:3].tolist()}, not one finite number")
+        kind, used = _kind(tensors)
+        unused = tensors.keys() - used
+        tensors = {role: tensors[role] for role in used}
         for role, tensor in tensors.items():
             if not tensor.is_floating_point():
-                raise Malformed(f"{role} is {str(tensor.dtype)[6:]}", "patches are floating numbers")
+                raise ValueError(f"{role} is {str(tensor.dtype)[6:]}, not floating numbers")
             if not bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.half()).all()):
-                raise Impossible(f"{role} has values that are not finite", "the training of this LoRA went wrong")
-        bias = tensors.pop("diff_b", None)
-        if bias is not None:
-            yield self._checked(weight.removesuffix("weight") + "bias", Patch("diff", {"diff": bias}))
-        if tensors:
-            kind = _kind(tensors)
-            yield self._checked(weight, Patch(kind, tensors, None if alpha is None else float(alpha)))
-
-    def _checked(self, parameter: str, patch: Patch) -> tuple[str, Patch]:
-        if parameter not in self._shapes:
-            raise Impossible(f"{parameter} is patched, but this model has none", "is it for another family?")
+                raise ValueError(f"{role} has values that are not finite")
+        patch = Patch(kind, {} if kind == "no_diff" else tensors, None if alpha is None else float(alpha))
         if reason := fits(patch, self._shapes[parameter]):
-            raise Impossible(f"the {patch.kind} patch {reason}", "is it for another model?")
-        return parameter, patch
+            raise ValueError(f"the {patch.kind} patch {reason}")
+        return patch, unused
 
 
-def _kind(tensors: Mapping[str, Tensor]) -> str:
-    roles = set(tensors)
-    for kind, (complete, optional) in _KINDS.items():
-        if any(required <= roles <= required | optional for required in complete):
-            return "boft" if kind == "oft" and tensors["oft_blocks"].ndim == 4 else kind
-    raise Malformed(
-        f"{', '.join(sorted(roles))} make no patch", "a tensor is missing, or two formats are mixed: docs/lora.md"
-    )
+def _kind(tensors: Mapping[str, Tensor]) -> tuple[str, set[str]]:
+    """The patch's kind, and which of the roles make it."""
+    roles = tensors.keys()
+    for kind, (complete, optional) in reversed(_KINDS.items()):
+        for required in complete:
+            if required <= roles:
+                is_boft = kind == "oft" and tensors["oft_blocks"].ndim == 4
+                return "boft" if is_boft else kind, required | (optional & roles)
+    raise ValueError(f"{', '.join(sorted(roles))} make no patch: a tensor is missing")

@@ -17,7 +17,8 @@ from torch import Tensor
 class Patch:
     """One LoRA's change to one weight.
 
-    kind: "lora", "loha", "lokr", "glora", "oft", "boft", "diff" (added as it is) or "set" (replaces the weight).
+    kind: "lora", "loha", "lokr", "glora", "oft", "boft", "diff" (added as it is), "no_diff" (no tensors, adds nothing:
+        for `strength_model` alone) or "set" (replaces the weight).
     tensors: {ending in the file: tensor}, of any floating dtype, on the CPU.
     alpha: as in the file; None where it has none.
     """
@@ -64,6 +65,8 @@ def merge(weight: Tensor, patches: Sequence[Scaled]) -> Tensor:
 
 def fits(patch: Patch, shape: torch.Size) -> str:
     """Why `patch` cannot be merged into a weight of this shape; empty when it can. Computes nothing."""
+    if patch.kind == "no_diff":
+        return ""
     tensors = {name: tensor.to("meta", torch.float32) for name, tensor in patch.tensors.items()}
     if any(0 in tensor.shape for tensor in tensors.values()):
         return "has rank 0"
@@ -86,6 +89,8 @@ def fits(patch: Patch, shape: torch.Size) -> str:
 
 def _add(weight: Tensor, patch: Patch, strength: float) -> None:
     """Merges one patch into `weight` (float32), in place."""
+    if patch.kind == "no_diff":
+        return
     tensors = {name: tensor.to(weight.device, torch.float32) for name, tensor in patch.tensors.items()}
     if patch.kind == "set":
         weight.copy_(_shaped(tensors["set_weight"], weight))

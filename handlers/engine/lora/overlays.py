@@ -48,9 +48,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Match:
-    """How many weights a LoRA patches, and the names of its tensors that fit nothing."""
+    """How many weights a LoRA patches, {layer: why} of those left out, and its tensors that belong to no layer."""
 
     patched: int
+    skipped: dict[str, str]
     unmatched: tuple[str, ...]
 
 
@@ -127,9 +128,12 @@ class Overlays:
             return sum(self._nbytes(stack) for stack in set(stacks)) <= self._budget()
 
     def mergeless(self, stack: Stack) -> bool:
-        """Whether this stack can run beside the weights: plain LoRAs in one stage, no scaling of the weights."""
+        """Whether this stack can run beside the weights: plain LoRAs in one stage, no scaling of the weights. One that
+        is merged already, and whose tensors are no longer held, cannot."""
         with self._lock:
-            return side_path.can_run(self._model, self._patches(stack.loras)) and not stack.hooks
+            if stack.hooks or any(self._files.get(use.source) is None for use in stack.loras):
+                return False
+            return side_path.can_run(self._model, self._patches(stack.loras))
 
     @contextmanager
     def merged(self, stack: Stack) -> Iterator[tuple[Match, ...]]:
@@ -215,7 +219,7 @@ class Overlays:
 
     def _matches(self, stack: Stack) -> tuple[Match, ...]:
         loras = [self._lora(use.source) for use in stack.uses]
-        return tuple(Match(len(lora.patches), lora.unmatched) for lora in loras)
+        return tuple(Match(len(lora.patches), lora.skipped, lora.unmatched) for lora in loras)
 
     def _nbytes(self, stack: Stack) -> int:
         """What the overlay of `stack` takes, made or not."""

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from comfy_client.proxies import lora_upload
 from comfy_client.proxies.lora_upload import CapturedLora, lora_file
 from comfy_client.proxies.refusals import NotRemote
 from luna_protocol.blob import set_hash
@@ -35,10 +36,17 @@ def test_each_format_gets_its_own_endings():
     assert loha[f"{LAYER}.hada_w2_a"] == 3 and loha[f"{LAYER}.dora_scale"] == 7
 
 
-def test_full_differences_of_weights_and_biases():
-    bias = f"{LAYER}.bias"
-    tensors = lora_file({KEY: ("diff", (UP,)), bias: ("diff", (DOWN,))})
-    assert tensors == {f"{LAYER}.diff": UP, f"{LAYER}.diff_b": DOWN}
+def test_whole_tensors_for_any_parameter():
+    bias, table = f"{LAYER}.bias", "clip_l.transformer.text_model.embeddings.position_embedding.weight"
+    assert lora_file({KEY: ("diff", (UP,)), bias: ("diff", (DOWN,))}) == {f"{LAYER}.diff": UP, f"{bias}.diff": DOWN}
+    assert lora_file({KEY: (UP,), bias: ("set", (DOWN,))}) == {f"{LAYER}.diff": UP, f"{bias}.set_weight": DOWN}
+    assert lora_file({table: ("diff", (UP,))}) == {f"{table.removesuffix('.weight')}.diff": UP}
+
+
+def test_strength_model_alone_travels_as_a_patch_that_adds_nothing():
+    tensors = lora_file({KEY: (None,), f"{LAYER}.bias": ("diff", (None,))})
+    assert set(tensors) == {f"{LAYER}.no_diff", f"{LAYER}.bias.no_diff"}
+    assert not any(tensor.numel() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -46,7 +54,9 @@ def test_full_differences_of_weights_and_biases():
     [
         ({KEY: ("model_as_lora", (UP,))}, "is of the kind 'model_as_lora'"),
         ({KEY: ("diff", (UP, {"pad_weight": True}))}, "is of the kind 'diff'"),
+        ({KEY: [(UP, None), (1.0, (DOWN,), 1.0, None, None)]}, "The merge of another model into .*ModelMergeSimple"),
         ({KEY: Adapter("novel", (UP,))}, "The novel adapter"),
+        ({KEY: Adapter("glora", (UP, DOWN, UP, DOWN, None, None, UP))}, "more tensors than its format had"),
         ({(KEY, (0, 0, 4)): Adapter("lora", (UP, DOWN, None, None, None, None))}, "a slice of a weight"),
     ],
 )
@@ -57,4 +67,14 @@ def test_what_no_file_can_hold_is_refused(patches, told):
 
 def test_the_hash_is_that_of_the_file():
     captured = CapturedLora({KEY: Adapter("lora", (UP, DOWN, None, None, None, None))})
-    assert captured.content == set_hash({f"{LAYER}.lora_up.weight": UP, f"{LAYER}.lora_down.weight": DOWN})
+    [content] = captured.parts
+    assert content == set_hash({f"{LAYER}.lora_up.weight": UP, f"{LAYER}.lora_down.weight": DOWN})
+
+
+def test_a_large_lora_comes_in_parts_that_are_whole_layers(monkeypatch):
+    monkeypatch.setattr(lora_upload, "PART_BYTES", 100)
+    layers = {f"layer_{i}.weight": Adapter("lora", (UP, DOWN, None, None, None, None)) for i in range(4)}  # 64 bytes
+    layers["large.weight"] = ("diff", (torch.ones(100),))
+    parts = CapturedLora(layers).parts
+    assert [len(tensors) for tensors in parts.values()] == [2, 2, 2, 2, 1]
+    assert [content == set_hash(tensors) for content, tensors in parts.items()] == [True] * 5

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from handlers.engine.lora.files import LoraFiles, Source
 from handlers.engine.lora.names import Targets
 from luna_protocol.blob import set_hash
-from luna_protocol.errors import Impossible, Malformed, NotFound
+from luna_protocol.errors import Malformed, NotFound
 from tests.loras import file_of
 
 SHAPE = torch.Size([32, 64])
@@ -71,13 +72,14 @@ def test_what_matches_nothing_is_named_and_other_parts_are_not_blamed(root):
     ]
 
 
-def test_a_file_that_matches_nothing_is_an_error_but_one_for_the_other_part_is_not(root):
+def test_a_file_that_matches_nothing_patches_nothing_and_says_which_tensors(root):
     save_file(file_of("lora", {"lora_unet_stranger": SHAPE}), root / "stranger.safetensors")
     save_file(file_of("lora", {"lora_te_layer": SHAPE}), root / "text.safetensors")
     files = files_of(root)
-    with pytest.raises(Impossible, match=r"stranger.safetensors fits nothing .* \(3 tensors in all\)"):
-        files.get(files.source("stranger"))
-    assert files.get(files.source("text")).patches == {}
+    stranger = files.get(files.source("stranger"))
+    assert not stranger.patches and len(stranger.unmatched) == 3
+    text = files.get(files.source("text"))
+    assert not text.patches and not text.unmatched
 
 
 @pytest.mark.parametrize("name", ["../secret", "styles/../../secret", "/etc/passwd", "C:\\secret", "a\0b"])
@@ -105,7 +107,7 @@ def test_an_unknown_name_says_where_it_was_looked_for(root):
 BAD = {
     "rank 0": (
         {"lora_unet_a.lora_up.weight": torch.ones(32, 0), "lora_unet_a.lora_down.weight": torch.ones(0, 64)},
-        "lora_unet_a: the lora patch has rank 0",
+        "the lora patch has rank 0",
     ),
     "wrong shape": (
         {"lora_unet_a.lora_up.weight": torch.ones(48, 4)},
@@ -118,42 +120,45 @@ BAD = {
     ),
     "infinity": (
         {"lora_unet_b.lora_down.weight": torch.full((4, 64), float("inf"))},
-        "lora_unet_b: lora_down has values",
+        "lora_down has values",
     ),
     "alpha NaN": ({"lora_unet_a.alpha": torch.tensor(float("nan"))}, "alpha is"),
-    "no bias": ({"lora_unet_b.diff_b": torch.ones(32)}, "b.bias is patched, but this model has none"),
+    "half a patch": ({"lora_unet_b.lora_up.weight": None}, "lora_down make no patch"),
+    "the same tensor twice": ({"lora_unet_a.lora_B.weight": torch.ones(32, 4)}, "are the same tensor twice"),
+    "integers": ({"lora_unet_a.lora_up.weight": torch.ones(32, 4).long()}, "lora_up is int64"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_impossible_contents_are_named(root, case):
+def test_a_layer_that_cannot_be_applied_is_left_out_and_named_and_the_others_stay(root, case):
     changes, message = BAD[case]
-    save_file(good(**changes), root / "bad.safetensors")
+    tensors = {name: tensor for name, tensor in good(**changes).items() if tensor is not None}
+    save_file(tensors, root / "bad.safetensors")
     files = files_of(root)
-    with pytest.raises(Impossible, match=f"bad.safetensors, .*{message}"):
-        files.get(files.source("bad"))
-    content = set_hash(good(**changes))
-    with pytest.raises(Impossible, match=message):
-        files.receive(content, good(**changes))
-    assert files.get(Source(content)) is None
+    bad = next(iter(changes)).split(".")[0]
+    other = {"lora_unet_a": "b.weight", "lora_unet_b": "a.weight"}[bad]
+    lora = files.get(files.source("bad"))
+    assert lora.patches.keys() == {other} and lora.skipped.keys() == {bad}
+    assert re.search(message, lora.skipped[bad])
+    content = set_hash(tensors)
+    files.receive(content, tensors)
+    assert files.get(Source(content)).skipped.keys() == lora.skipped.keys()
 
 
-def test_half_a_patch_and_two_formats_on_one_weight_are_malformed(root):
-    half = good()
-    del half["lora_unet_a.lora_down.weight"]
-    save_file(half, root / "half.safetensors")
+def test_a_bias_that_the_model_lacks_leaves_the_weight_patched(root):
+    save_file(good(**{"lora_unet_b.diff_b": torch.ones(32)}), root / "x.safetensors")
+    files = files_of(root)
+    lora = files.get(files.source("x"))
+    assert lora.patches.keys() == {"a.weight", "b.weight"}
+    assert lora.skipped == {"lora_unet_b": "b.bias is patched, but this model has none"}
+
+
+def test_of_two_formats_on_one_layer_the_later_one_counts_as_in_comfyui(root):
     save_file(good(**file_of("loha", {"lora_unet_a": SHAPE})), root / "both.safetensors")
-    save_file(good(**{"lora_unet_a.lora_B.weight": torch.ones(32, 4)}), root / "twice.safetensors")
-    save_file(good(**{"lora_unet_a.lora_up.weight": torch.ones(32, 4).long()}), root / "integers.safetensors")
     files = files_of(root)
-    for name, message in (
-        ("half", "lora_unet_a: lora_up make no patch"),
-        ("both", "make no patch"),
-        ("twice", "the same tensor twice"),
-        ("integers", "lora_up is int64"),
-    ):
-        with pytest.raises(Malformed, match=message):
-            files.get(files.source(name))
+    lora = files.get(files.source("both"))
+    assert lora.patches["a.weight"].kind == "loha" and not lora.skipped
+    assert sorted(lora.unmatched) == ["lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight"]
 
 
 def test_a_pickle_and_a_cut_file_are_refused_unread(root):

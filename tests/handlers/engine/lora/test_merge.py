@@ -18,7 +18,7 @@ CASES = [(form, kind) for form in FORMATS for kind in SHAPES if kind == "3x3" or
 def patches_of(tensors: dict[str, Tensor], shape: torch.Size) -> dict[str, Patch]:
     shapes = {"layer.weight": shape, "layer.bias": shape[:1]}
     files = LoraFiles((), Targets({"lora_unet_layer": "layer.weight"}, ()), shapes, 0)
-    return files._parse("a test's LoRA", tensors, tensors.__getitem__).patches
+    return files._parse(tensors, tensors.__getitem__).patches
 
 
 def patch(form: str, shape: torch.Size, seed: int = 0, dtype: torch.dtype = torch.float32) -> Patch:
