@@ -89,6 +89,7 @@ class ComfyUI:
         for folder in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / "LunaServe").symlink_to(nodes, target_is_directory=True)
+        (base / "custom_nodes" / "patching_nodes.py").symlink_to(Path(__file__).with_name("patching_nodes.py"))
         kinds = ("checkpoints", "loras", "embeddings", "controlnet", "vae")
         paths = {"tests": {"base_path": str(models), **{kind: kind for kind in kinds}}}
         (base / "paths.yaml").write_text(json.dumps(paths))
