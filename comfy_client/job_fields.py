@@ -48,12 +48,14 @@ def tolerant_job(fields: Mapping[str, Any]) -> tuple[SaveJob, list[str]]:
         try:
             return SaveJob(**fields), notes
         except ValidationError as error:
-            name, *inner = error.errors(include_url=False)[0]["loc"] or ("",)
+            wrong = error.errors(include_url=False)[0]
+            name, *inner = wrong["loc"] or ("",)
             if name not in fields or SaveJob.model_fields[name].is_required():
                 raise
-            label = ".".join((name, *map(str, inner[:1])))
-            notes.append(f"{label[:100]} is left out: {error.errors(include_url=False)[0]['msg']}")
-            del (fields[name] if inner else fields)[inner[0] if inner else name]
+            # pydantic's places lead into the value: what goes is the item, or the whole field.
+            holder, key = (fields[name], inner[0]) if name in _HELD and inner else (fields, name)
+            notes.append(f"{'.'.join(dict.fromkeys((name, str(key))))[:100]} is left out: {wrong['msg']}")
+            del holder[key]
 
 
 def _plain(value: Any, label: str, notes: list[str]) -> Any:

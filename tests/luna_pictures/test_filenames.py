@@ -1,7 +1,8 @@
 """Nothing a template or its values hold leads out of the output root or gives a name that some system refuses."""
 
 import time
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from luna_pictures.filenames import (
     numbered,
     picture_name,
     render,
+    room_below,
     safe_name,
     unknown_variables,
 )
@@ -151,6 +153,14 @@ def test_long_names_are_cut_until_the_path_fits(room):
         assert len(str(longest).encode()) <= room
         assert_safe(path)
     assert picture_name(PurePosixPath("a"), "x", "", None, "png", room) == PurePosixPath("a/x.png")
+
+
+def test_windows_takes_260_characters_for_a_whole_path(monkeypatch):
+    root = Path("C:/Users/somebody/ComfyUI/output")
+    assert room_below(root) == 1000
+    monkeypatch.setattr("luna_pictures.filenames.os", SimpleNamespace(name="nt"))
+    path = picture_name(PurePosixPath("a" * 180), "b" * 180, "FINAL", 3, "webp", room_below(root))
+    assert len(f"{root}/{numbered(path, 12_345)}") < 260 and path.name.endswith("_FINAL_03.webp")
 
 
 def test_a_link_out_of_the_root_is_refused(tmp_path):

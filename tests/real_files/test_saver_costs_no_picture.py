@@ -327,6 +327,17 @@ def test_what_json_does_not_have_is_left_out_item_by_item():
     ]
 
 
+@pytest.mark.parametrize("depth", [300, 20_000])
+def test_what_is_nested_too_deeply_is_left_out(depth):
+    deep: list = []
+    for _ in range(depth):
+        deep = [deep]
+    job, _, notes = a_job(prompt={"1": deep}, extra_pnginfo={"deep": deep, "workflow": {}})
+    assert job.prompt is job.extra_pnginfo.get("deep") is None and job.extra_pnginfo["workflow"] == {}
+    assert sorted(note.split(" ")[0] for note in notes) == ["extra_pnginfo.deep", "prompt"]
+    unpack(pack(job, {}))
+
+
 def test_settings_out_of_range_take_their_defaults():
     job, _, notes = a_job(lossy_quality=50, priority=7, custom_metadata="c" * 200_000, metadata="no dictionary")
     assert (job.lossy_quality, job.priority, job.custom_metadata, job.metadata) == (90, 7, "", {})
