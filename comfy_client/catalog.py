@@ -12,6 +12,7 @@ from luna_protocol.messages import Index, ServedModel
 from luna_protocol.model_names import first_replica
 
 _FRESH_SECONDS = 2.0
+_SAME_WORKFLOW_SECONDS = 1.0
 
 
 class Catalog:
@@ -52,6 +53,26 @@ class Catalog:
         with self._lock:
             if self._of is server:
                 self._index, self._seen = index or self._index, time.monotonic()
+
+
+class Look:
+    """The server's index as it is now. A look that failed counts for the workflow's next nodes too: each would wait as
+    long for a server that hangs."""
+
+    def __init__(self) -> None:
+        self._failed: tuple[Server, float, LunaError] | None = None
+
+    def now(self, server: Server) -> Index | LunaError:
+        """The index, or why there is none."""
+        if self._failed:
+            of, at, failure = self._failed
+            if of is server and time.monotonic() - at < _SAME_WORKFLOW_SECONDS:
+                return failure
+        try:
+            return server.index()
+        except LunaError as failure:
+            self._failed = server, time.monotonic(), failure
+            return failure
 
 
 def checkpoints(index: Index, role: str) -> list[str]:

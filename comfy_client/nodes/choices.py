@@ -1,17 +1,17 @@
 """What the nodes' lists offer, and when a node whose choice is served has to run again.
 
-ComfyUI asks for the lists in the thread that serves its pages, which must never wait for a network; whether a node has to
-run again, in the thread that runs workflows.
+ComfyUI asks for the lists in the thread that serves its pages, which must never wait for a network. Whether a node has
+to run again, it asks in the thread that runs workflows, of one node after the other.
 """
 
 from collections.abc import Iterable
 
 from comfy_client import loras as lora_files
 from comfy_client import settings
-from comfy_client.catalog import Catalog, checkpoints, find, spelt_once
+from comfy_client.catalog import Catalog, Look, checkpoints, find, spelt_once
 from luna_protocol.errors import LunaError
 
-_CATALOG = Catalog()
+_CATALOG, _LOOK = Catalog(), Look()
 _PATIENCE_SECONDS = 2.0  # of somebody who opens ComfyUI's page, or presses R
 
 
@@ -32,8 +32,10 @@ def refresh() -> None:
 
 def identity(chosen: dict[str, str]) -> str:
     """Changes when one of {role: file} is another file than before, was unloaded, or the server came or went."""
+    index = _LOOK.now(settings.server())
+    if isinstance(index, LunaError):
+        return str(index)
     try:
-        index = settings.server().index()
         models = [find(index, role, file) for role, file in chosen.items()]
     except LunaError as error:
         return str(error)
@@ -45,8 +47,6 @@ def lora_identity(names: Iterable[str] | None) -> str:
     names = None if names is None else list(names)
     if names == []:
         return ""
-    try:
-        fingerprints = settings.server().index().lora_fingerprints
-    except LunaError:  # what needs the server says so when it runs
-        fingerprints = {}
-    return lora_files.identity(names, fingerprints)
+    index = _LOOK.now(settings.server())
+    # Without a server, a node that needs it says so when it runs.
+    return lora_files.identity(names, {} if isinstance(index, LunaError) else index.lora_fingerprints)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from comfy_client.catalog import Catalog, checkpoints, find, match_lora, replicas, spelt_once
+from comfy_client.catalog import Catalog, Look, checkpoints, find, match_lora, replicas, spelt_once
 from comfy_client.server import Server
 from luna_protocol.errors import NotFound, Unavailable
 from luna_protocol.messages import Index, ServedModel
@@ -122,3 +122,13 @@ def test_what_was_last_seen_stays_while_the_server_is_away_and_goes_with_another
         time.sleep(0.06)
     assert seen[:2] == [INDEX, INDEX] and seen[2].loras == LORAS
     assert catalog.index(Answers(Unavailable("away"))) == Index(models=[])
+
+
+def test_a_workflow_waits_once_for_a_server_that_never_answers(monkeypatch):
+    monkeypatch.setattr("comfy_client.catalog._SAME_WORKFLOW_SECONDS", 0.05)
+    away, look = Unavailable("it did not answer within 10 s"), Look()
+    server = Answers(INDEX, away, INDEX)
+    assert look.now(server) == INDEX
+    assert look.now(server) is look.now(server) is away
+    time.sleep(0.06)
+    assert look.now(server) == INDEX
