@@ -1,8 +1,8 @@
 """What a user reads when something is not there, and how soon a cancelled run ends."""
 
-import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -65,34 +65,48 @@ def test_a_model_the_server_lacks_is_told_with_those_it_has(comfyui: ComfyUI) ->
         comfyui.run(g)
 
 
-@pytest.fixture
-def stray(models, luna, tmp_path):
-    """A ComfyUI whose settings about the server can be spoiled."""
-
-    @contextlib.contextmanager
-    def start(nodes: Path = ROOT, **changes: str):
-        with ComfyUI(tmp_path / "stray", models, luna | changes, nodes) as instance:
-            yield instance
-
-    return start
+@pytest.fixture(scope="module")
+def stray(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    """A ComfyUI that learns from its settings dialog alone where the server is."""
+    with ComfyUI(tmp_path_factory.mktemp("stray"), models, {"OMP_NUM_THREADS": "1"}) as instance:
+        yield instance
 
 
-def test_a_server_that_is_away(stray) -> None:
-    with stray(LUNA_INFERENCE="http://127.0.0.1:9", LUNA_MANAGEMENT="http://127.0.0.1:9") as comfyui:
-        g = Graph()
-        _picture(g)
-        with pytest.raises(RunFailed, match=r"no server at http://127.0.0.1:9.*start it with scripts/serve.py"):
-            comfyui.run(g)
-        reference, fallen_back = Graph(), Graph()
-        model, clip, _ = local(reference, "sd15.safetensors")
-        reference.save(sample(reference, model, encode(reference, clip), empty(reference, 96, 96), steps=2), "latent")
-        router = _picture(fallen_back, daemon_mode="auto")
-        fallen_back("PreviewAny", source=router[3])
-        run = comfyui.run(fallen_back)
-        assert (run.latents["latent"] == comfyui.run(reference).latents["latent"]).all()
-        told = " ".join(str(output.get("text")) for output in run.history["outputs"].values())
-        assert "local, because no server at http://127.0.0.1:9" in told
-        assert "Luna Model Router runs locally" in comfyui.log.read_text()
+def _point(comfyui: ComfyUI, inference: str, management: str, key_file: Path) -> None:
+    """What the settings dialog does."""
+    settings = {"Inference": inference, "Management": management, "TokenFile": str(key_file)}
+    comfyui.post("/settings", {f"Luna.Server.{name}": value for name, value in settings.items()})
+
+
+def test_a_server_that_is_away(stray: ComfyUI, torchserve: TorchServe) -> None:
+    _point(stray, "http://127.0.0.1:9", "http://127.0.0.1:9", torchserve.key_file)
+    g = Graph()
+    _picture(g)
+    with pytest.raises(RunFailed, match=r"no server at http://127.0.0.1:9.*start it with scripts/serve.py"):
+        stray.run(g)
+    reference, fallen_back = Graph(), Graph()
+    model, clip, _ = local(reference, "sd15.safetensors")
+    reference.save(sample(reference, model, encode(reference, clip), empty(reference, 96, 96), steps=2), "latent")
+    router = _picture(fallen_back, daemon_mode="auto")
+    fallen_back("PreviewAny", source=router[3])
+    run = stray.run(fallen_back)
+    assert (run.latents["latent"] == stray.run(reference).latents["latent"]).all()
+    told = " ".join(str(output.get("text")) for output in run.history["outputs"].values())
+    assert "local, because no server at http://127.0.0.1:9" in told
+    assert "Luna Model Router runs locally" in stray.log.read_text()
+
+
+def test_a_wrong_token(stray: ComfyUI, torchserve: TorchServe, tmp_path: Path) -> None:
+    keys = tmp_path / "key_file.json"
+    keys.write_text(
+        '{"inference": {"key": "wrong", "expiration time": "2099-01-01T00:00:00.000000000Z"},'
+        ' "management": {"key": "wrong", "expiration time": "2099-01-01T00:00:00.000000000Z"}, "API": {"key": "wrong"}}'
+    )
+    _point(stray, torchserve.inference, torchserve.management, keys)
+    g = Graph()
+    _picture(g)
+    with pytest.raises(RunFailed, match=r"refuses the .* token of .*key_file.json"):
+        stray.run(g)
 
 
 def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, torchserve, tmp_path) -> None:
@@ -102,56 +116,41 @@ def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, t
         running = TorchServe(torchserve.store, tmp_path / "run", ports)
         running.start()
         server = connect(running)
-        for model in ("repository", "sd15.unet", "sd15.clip", "sd15.vae"):
-            server.load(model)
-            server.wait_ready([model])
+        server.load("repository")
+        server.wait_ready(["repository"])
         return running
 
     running = start()
     try:
-        addresses = {"LUNA_INFERENCE": running.inference, "LUNA_MANAGEMENT": running.management}
-        with stray(**addresses, LUNA_TOKEN_FILE=str(running.key_file)) as comfyui:
-            g = Graph()
-            _picture(g, steps=20)
-            prompt = comfyui.start(g)
-            comfyui.wait_for_step()
-            psutil.Process(_worker_pid(running, "repository")).parent().kill()
-            killed = time.monotonic()
-            with pytest.raises(RunFailed, match=rf"no server at {running.inference}.*start it with scripts/serve.py"):
-                comfyui.wait(prompt)
-            assert time.monotonic() - killed < 5
-            running.stop()
-            running = start()
-            assert comfyui.run(g).latents["latent"].isfinite().all()
+        _point(stray, running.inference, running.management, running.key_file)
+        g = Graph()
+        _picture(g, steps=20)
+        prompt = stray.start(g)
+        stray.wait_for_step()
+        psutil.Process(_worker_pid(running, "repository")).parent().kill()
+        killed = time.monotonic()
+        with pytest.raises(RunFailed, match=rf"no server at {running.inference}.*start it with scripts/serve.py"):
+            stray.wait(prompt)
+        assert time.monotonic() - killed < 5
+        running.stop()
+        running = start()
+        assert stray.run(g).latents["latent"].isfinite().all()
     finally:
         running.stop()
 
 
-def test_a_client_of_another_protocol_version(stray, tmp_path) -> None:
+def test_a_client_of_another_protocol_version(models: Path, luna: dict[str, str], tmp_path: Path) -> None:
     other = tmp_path / "other"
     for package in ("comfy_client", "luna_protocol", "luna_pictures"):
         shutil.copytree(ROOT / package, other / package)
     shutil.copy(ROOT / "__init__.py", other)
     version = other / "luna_protocol" / "__init__.py"
     version.write_text(version.read_text().replace("PROTOCOL_VERSION = 1", "PROTOCOL_VERSION = 2"))
-    with stray(nodes=other) as comfyui:
+    with ComfyUI(tmp_path / "stray", models, luna, other) as comfyui:
         g = Graph()
         _picture(g)
         told = r"the client speaks protocol version 2, this server 1 \(update LunaServe on the older side\)"
         with pytest.raises(RunFailed, match=told):
-            comfyui.run(g)
-
-
-def test_a_wrong_token(stray, tmp_path) -> None:
-    keys = tmp_path / "key_file.json"
-    keys.write_text(
-        '{"inference": {"key": "wrong", "expiration time": "2099-01-01T00:00:00.000000000Z"},'
-        ' "management": {"key": "wrong", "expiration time": "2099-01-01T00:00:00.000000000Z"}, "API": {"key": "wrong"}}'
-    )
-    with stray(LUNA_TOKEN_FILE=str(keys)) as comfyui:
-        g = Graph()
-        _picture(g)
-        with pytest.raises(RunFailed, match=r"refuses the .* token of .*key_file.json"):
             comfyui.run(g)
 
 
