@@ -109,7 +109,7 @@ class Panel {
   }
 
   queueLine(queue) {
-    const counts = Object.entries(queue.counts).map(([state, count]) => `${count} ${state}`);
+    const counts = Object.entries(queue.counts).filter(([, count]) => count).map(([state, count]) => `${count} ${state}`);
     const wait = queue.estimated_wait === null ? "" : `, a new job waits ${queue.estimated_wait.toFixed(0)} s`;
     return `decode queue: ${counts.join(", ") || "empty"}, ${queue.throughput.toFixed(1)} jobs/min${wait}`;
   }

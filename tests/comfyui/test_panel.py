@@ -88,7 +88,7 @@ def test_jobs_and_long_names_leave_room_for_the_rest(page: Browser, torchserve: 
     server.wait_ready(["sd15.vae"])
     for number in range(19):
         batch = Batch(1, "1", "png", False, latent=torch.zeros(1, 4, 8, 8))
-        job, tensors = job_of([batch], {}, save_path="folder" * 15, filename=f"{number}" + "long name" * 20)
+        job, tensors, _ = job_of([batch], {}, save_path="folder" * 15, filename=f"{number}" + "long name" * 20)
         server.call("sd15.vae", job, tensors)
     page.until(lambda: len(page.find(".luna-job img")) > 5, "the pictures")
     page.script("document.querySelector('.luna-counters').scrollIntoView(false)")
