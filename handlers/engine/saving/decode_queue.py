@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handlers.engine.private_files import make_private, make_private_folder
 from handlers.engine.saving.database import open_database
-from handlers.engine.saving.job_owner import count_living
+from handlers.engine.saving.job_owner import living
 from handlers.engine.saving.job_report import report
 from handlers.engine.saving.job_store import JobStore, Limits, NewJob
 from handlers.engine.saving.job_tables import SCHEMA, VERSION, VERSIONS
@@ -99,7 +99,7 @@ class DecodeQueue:
 
     def report(self, asked: QueueStatus) -> QueueReport:
         """The queue's figures, and the jobs that `asked` names."""
-        return report(self.engine, asked, count_living(self.owners))
+        return report(self.engine, asked, living(self.owners))
 
     def cancel(self, asked: CancelJobs) -> JobsChanged:
         """Cancels waiting, running and dead jobs; a running one ends without files."""

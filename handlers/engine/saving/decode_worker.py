@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _POLL = 0.25  # seconds until a job is found that another process has accepted
 _TEND = 1.0
 _PURGE = 3600.0
+_UNWRITTEN_BYTES = 1 << 30  # of decoded pictures, beyond which no other job is decoded before some are written
 
 
 class DecodeWorker:
@@ -65,11 +66,12 @@ class DecodeWorker:
         self._queue, self._store = queue, queue.store
         self._model = model
         self._observe = _harmless(observe)
-        self._owner = Owner(queue.owners)
+        self._owner = Owner(queue.owners, model)
         self._mine: set[Claim] = set()
         self._claiming = threading.Lock()
         self._stopping, self._stopped = threading.Event(), threading.Event()
         self._free_writers = threading.Semaphore(writers)
+        self._written, self._unwritten_bytes = threading.Condition(), 0
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="write")
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="encode")
         self._work = JobWork(queue.store, queue.output, decode, self._encoders, records, watcher, self._observe)
@@ -99,6 +101,8 @@ class DecodeWorker:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
+                with self._written:
+                    self._written.wait_for(lambda: self._unwritten_bytes <= _UNWRITTEN_BYTES)
                 with self._claiming:
                     claim = self._store.claim(self._owner.id, self._model)
                     if claim is not None:
@@ -118,6 +122,7 @@ class DecodeWorker:
         except Exception as error:
             self._fail(claim, error)
         else:
+            self._unwritten(decoded, 1)
             self._free_writers.acquire()
             self._writers.submit(self._end, claim, decoded)
 
@@ -134,7 +139,13 @@ class DecodeWorker:
             self._mine.discard(claim)
         finally:
             self._untidy = True
+            self._unwritten(decoded, -1)
             self._free_writers.release()
+
+    def _unwritten(self, decoded: Decoded | None, sign: int) -> None:
+        with self._written:
+            self._unwritten_bytes += sign * (decoded.nbytes if decoded else 0)
+            self._written.notify_all()
 
     def _fail(self, claim: Claim, error: Exception) -> None:
         try:

@@ -3,7 +3,9 @@
 Safer than process ids, which are used again and differ between containers.
 """
 
+import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
@@ -12,12 +14,15 @@ from filelock import FileLock, Timeout
 
 from handlers.engine.private_files import make_private_folder
 
+_KEY = 8  # characters
+
 
 class Owner:
-    """This worker among those that share the folder `folder`, for as long as its process lives or until `release`."""
+    """This worker of `model` among those that share the folder `folder`, for as long as its process lives or until
+    `release`."""
 
-    def __init__(self, folder: Path):
-        self.id = secrets.token_hex(8)
+    def __init__(self, folder: Path, model: str):
+        self.id = model_key(model) + secrets.token_hex(4)
         self._folder = folder
         make_private_folder(folder)
         self._lock = _lock(folder / f"{self.id}.lock")
@@ -38,9 +43,14 @@ class Owner:
         _remove(self._folder / f"{self.id}.lock")
 
 
-def count_living(folder: Path) -> int:
-    """Workers that share the folder just now."""
-    return sum(_is_held(path) for path in folder.glob("*.lock"))
+def living(folder: Path) -> Counter[str]:
+    """How many workers share the folder just now, by `model_key`."""
+    return Counter(path.stem[:_KEY] for path in folder.glob("*.lock") if _is_held(path))
+
+
+def model_key(model: str) -> str:
+    """What the ids of a model's owners begin with."""
+    return hashlib.blake2b(model.encode()).hexdigest()[:_KEY]
 
 
 def _is_held(path: Path) -> bool:

@@ -2,10 +2,12 @@
 
 import base64
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from sqlalchemy import Connection, Engine, Row, and_, func, or_, select
 
+from handlers.engine.saving.job_owner import model_key
 from handlers.engine.saving.job_tables import FILES, JOBS, WAITS
 from luna_protocol.save_job import JobStatus, QueueReport, QueueStatus, SaveAccepted, SavedFile
 
@@ -21,8 +23,8 @@ def accepted(db: Connection, job_id: str) -> SaveAccepted:
     )
 
 
-def report(engine: Engine, asked: QueueStatus, workers: int) -> QueueReport:
-    """The queue's figures, with `workers` processes at work, and the jobs that were asked for."""
+def report(engine: Engine, asked: QueueStatus, workers: Counter[str]) -> QueueReport:
+    """The queue's figures, and the jobs that were asked for; `workers` are at work, counted by `model_key`."""
     query = select(JOBS).order_by(JOBS.c.number.desc())
     if asked.job_ids:
         query = query.where(JOBS.c.job_id.in_(asked.job_ids))
@@ -45,8 +47,8 @@ def report(engine: Engine, asked: QueueStatus, workers: int) -> QueueReport:
             counts=counts,
             bytes=db.scalar(select(func.coalesce(func.sum(JOBS.c.bytes), 0)).where(WAITS)),
             throughput=done * 60 / _WINDOW,
-            estimated_wait=None if each is None else waiting * each / max(1, workers),
-            jobs=_statuses(db, db.execute(query).all(), asked.thumbnails),
+            estimated_wait=None if each is None else waiting * each / max(1, workers.total()),
+            jobs=_statuses(db, db.execute(query).all(), asked.thumbnails, workers),
         )
 
 
@@ -63,15 +65,17 @@ def _position(db: Connection, row: Row) -> int | None:
     return db.scalar(select(func.count()).where(JOBS.c.state == "queued", JOBS.c.model == row.model, ahead))
 
 
-def _statuses(db: Connection, rows: Sequence[Row], thumbnails: bool) -> list[JobStatus]:
+def _statuses(db: Connection, rows: Sequence[Row], thumbnails: bool, workers: Counter[str]) -> list[JobStatus]:
     files: dict[int, list[SavedFile]] = {row.number: [] for row in rows}
     for file in db.execute(select(FILES).where(FILES.c.number.in_(files)).order_by(FILES.c.position)):
         files[file.number].append(_file(file, thumbnails))
-    return [_status(db, row, files[row.number]) for row in rows]
+    return [_status(db, row, files[row.number], workers) for row in rows]
 
 
-def _status(db: Connection, row: Row, files: list[SavedFile]) -> JobStatus:
+def _status(db: Connection, row: Row, files: list[SavedFile], workers: Counter[str]) -> JobStatus:
     waits = row.state == "queued" and row.not_before > time.time()
+    not_loaded = row.state == "queued" and not workers[model_key(row.model)]
+    reasons = [f"no VAE of {row.model} is loaded here"] if not_loaded else []
     return JobStatus(
         job_id=row.job_id,
         client=row.client,
@@ -79,7 +83,7 @@ def _status(db: Connection, row: Row, files: list[SavedFile]) -> JobStatus:
         state=row.state,
         position=_position(db, row),
         attempts=row.attempts,
-        reason=row.reason,
+        reason="; ".join([*reasons, *filter(None, [row.reason])]),
         retry_in=row.not_before - time.time() if waits else None,
         submitted=row.submitted,
         finished=row.finished,

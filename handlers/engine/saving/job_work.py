@@ -41,6 +41,10 @@ class Decoded:
     heatmaps: Mapping[str, Tensor]
     seconds: float
 
+    @property
+    def nbytes(self) -> int:
+        return sum(picture.nbytes for _, _, picture in self.pictures)
+
 
 class JobWork:
     """The steps from a claim to complete files under `output`; see `DecodeWorker` for the arguments."""

@@ -197,6 +197,29 @@ def test_decoding_goes_on_while_the_former_is_written(make_queue, monkeypatch):
     wait_for(queue, job)
 
 
+def test_no_further_job_is_decoded_while_many_bytes_are_not_written(make_queue, monkeypatch):
+    from handlers.engine.saving import decode_worker, job_work
+
+    write_part, open_, writing, decoded = job_work.write_part, threading.Event(), threading.Event(), []
+
+    def slow_write(*arguments):
+        writing.set()
+        assert open_.wait(30)
+        return write_part(*arguments)
+
+    monkeypatch.setattr(job_work, "write_part", slow_write)
+    monkeypatch.setattr(decode_worker, "_UNWRITTEN_BYTES", 1000)
+    queue, _ = make_queue(lambda latent: decoded.append(1) or decode(latent))
+    for _ in range(3):
+        queue.submit(job := a_job(), latents(job))
+    assert writing.wait(30)
+    time.sleep(0.5)
+    assert len(decoded) == 1
+    open_.set()
+    wait_for(queue, job)
+    assert len(decoded) == 3
+
+
 def test_a_full_queue_says_when_to_come_back(make_queue):
     queue, _ = make_queue(start=False, limits=Limits(jobs=2))
     for _ in range(2):
@@ -377,7 +400,9 @@ def test_a_worker_takes_only_jobs_of_its_model(make_queue):
     queue.submit(other := a_job(), latents(other), "sdxl")
     queue.submit(own := a_job(), latents(own), "sd15")
     wait_for(queue, own)
-    assert wait_for(queue, other, "queued").position == 0
+    waiting = wait_for(queue, other, "queued")
+    assert waiting.position == 0 and waiting.reason == "no VAE of sdxl is loaded here"
+    assert not wait_for(queue, own).reason
     make_queue(model="sdxl")
     wait_for(queue, other)
 
