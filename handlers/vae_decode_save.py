@@ -8,7 +8,7 @@ from torch import Tensor
 
 from handlers.engine.checkpoints import detect, read_header
 from handlers.engine.saving.decode_worker import DecodeWorker
-from handlers.engine.saving.decoding import decode_pictures
+from handlers.engine.saving.decoding import decode_picture
 from handlers.engine.saving.picture_records import PictureRecords
 from handlers.engine.saving.watcher import Watcher
 from handlers.engine.vae import SCALE, VAE
@@ -89,7 +89,7 @@ class VaeHandler(RoleHandler):
 
     def _decode_job(self, latent: Tensor) -> Tensor:
         with self.device_free, torch.inference_mode():
-            return decode_pictures(self.vae, latent, self.settings.tile_pixels)
+            return decode_picture(self.vae, latent, self.settings.tile_pixels)
 
     def _encode_or_decode(self, items: list[Item]) -> list[Reply]:
         name = _name(items[0])

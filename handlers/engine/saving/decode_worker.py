@@ -44,7 +44,7 @@ class DecodeWorker:
     """One of the workers of `queue`.
 
     Args:
-        decode: latent [B, C, h, w] to images [B, H, W, 3] in 0..1; called from one thread.
+        decode: latent [1, C, h, w] to images [1, H, W, 3] in 0..1; called from one thread.
         model: whose jobs to take, as given to `submit`.
         records: where `database_store` jobs write a row per picture.
         watcher: is told of every picture of such a job.

@@ -77,14 +77,13 @@ class JobWork:
         pictures = []
         for group in job.groups:
             tensor = tensors[group.tensor]
-            if not (rows := finite_rows(tensor)):
-                continue
-            given = tensor if len(rows) == len(tensor) else tensor[rows]
-            images = _on_cpu(self._decode(given) if group.source == "latent" else given)
-            if len(images) != len(rows):
-                raise Impossible(f"the VAE made {len(images)} pictures of {group.tensor}", f"{len(rows)} were due")
-            for row, image in zip(rows, images, strict=True):
-                pictures.append((group, row, image if np.isfinite(image).all() else tensor[row : row + 1]))
+            # One by one: a batch of large pictures would take the memory of all of them at once, twice if joined.
+            for row in finite_rows(tensor):
+                given = tensor[row : row + 1]
+                images = _on_cpu(self._decode(given) if group.source == "latent" else given)
+                if len(images) != 1:
+                    raise Impossible(f"the VAE made {len(images)} pictures of {group.tensor}", "1 was due")
+                pictures.append((group, row, images[0] if np.isfinite(images).all() else given))
         if all(isinstance(picture, Tensor) for _, _, picture in pictures):
             raise Impossible(
                 "the VAE made NaN of every latent", "fp16 overflows in some VAEs: serve this one as bf16 or fp32"

@@ -6,7 +6,7 @@ import re
 import torch
 from sqlalchemy.exc import DBAPIError
 
-from luna_protocol.errors import OutOfMemory, Unavailable
+from luna_protocol.errors import Internal, OutOfMemory, Unavailable
 
 # A path that no file system of this kind could take; on any other OSError the disk, the share or its rights are at
 # fault. Pillow's own OSErrors carry no number: they are about the picture.
@@ -29,6 +29,6 @@ def is_of_the_machine(error: Exception) -> bool:
             return True
         case OutOfMemory() | Unavailable():
             return True
-        case RuntimeError():
+        case RuntimeError() | Internal():
             return bool(_DEVICE.search(str(error)))
     return False

@@ -72,11 +72,13 @@ def test_five_groups_become_the_promised_files(make_queue, output):
 
 
 def test_the_picture_is_the_one_that_was_sent(make_queue, output):
-    queue, _ = make_queue()
+    rows = []
+    queue, _ = make_queue(lambda latent: rows.append(len(latent)) or decode(latent))
     job = a_job("png")
     tensors = latents(job, rows=3)
     reply = queue.submit(job, tensors)
     wait_for(queue, job)
+    assert rows == [1, 1, 1], "a batch of large pictures would take the memory of all of them at once"
     for row, path in enumerate(reply.files):
         saved = torch.frombuffer(bytearray(Image.open(output / path).tobytes()), dtype=torch.uint8).reshape(32, 32, 3)
         assert torch.equal(saved, (decode(tensors["latent0"])[row] * 255).to(torch.uint8))
@@ -328,9 +330,9 @@ def test_the_worker_survives_a_decoder_of_wrong_count_and_a_broken_observer(make
     def broken(name, seconds):
         raise RuntimeError(name)
 
-    queue, _ = make_queue(lambda latent: decode(latent)[: 1 if wrong and wrong.pop() else None], observe=broken)
+    queue, _ = make_queue(lambda latent: decode(latent)[: 0 if wrong and wrong.pop() else None], observe=broken)
     queue.submit(bad := a_job(), latents(bad, rows=3))
-    assert "1 pictures" in wait_for(queue, bad, "dead").reason and files_under(output) == set()
+    assert "0 pictures" in wait_for(queue, bad, "dead").reason and files_under(output) == set()
     queue.submit(good := a_job(), latents(good))
     check_complete(output, wait_for(queue, good))
 

@@ -14,7 +14,7 @@ from handlers.engine.saving.decode_queue import DecodeQueue
 from handlers.engine.saving.decode_worker import DecodeWorker
 from handlers.engine.saving.job_store import Limits
 from handlers.engine.saving.picture_records import PictureRecords
-from luna_protocol.errors import Impossible, OutOfMemory, Unavailable
+from luna_protocol.errors import Impossible, Internal, OutOfMemory, Unavailable
 from luna_protocol.save_job import QueueStatus
 from tests.handlers.engine.saving.save_jobs import a_job, check_complete, decode, files_under, latents, wait_for
 from tests.handlers.engine.saving.small_disk import small_disk
@@ -79,6 +79,7 @@ def status_of(queue, job):
         MemoryError("Unable to allocate 3.00 GiB"),
         OutOfMemory("cuda:0 has no memory left for this"),
         Unavailable("the model is loading"),
+        Internal("RuntimeError: cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:40],
 )
@@ -203,11 +204,11 @@ class SmallDevice:
 
 def test_no_memory_for_a_whole_picture_means_tiles_without_what_the_first_try_held():
     vae = SmallDevice()
-    images = decoding.decode_pictures(vae, latent := torch.rand(2, 4, 4, 6), whole_pixels=1 << 20)
-    assert images.shape == (2, 32, 48, 3) and vae.calls == [None, decoding.TILES] * 2 and not vae.held
+    images = decoding.decode_picture(vae, latent := torch.rand(1, 4, 4, 6), whole_pixels=1 << 20)
+    assert images.shape == (1, 32, 48, 3) and vae.calls == [None, decoding.TILES] and not vae.held
     assert torch.equal(images, (decode(latent) + 1) / 2)
 
 
 def test_no_memory_for_tiles_either_is_reported_as_such():
     with pytest.raises(torch.OutOfMemoryError):
-        decoding.decode_pictures(SmallDevice(has_room_for_tiles=False), torch.rand(1, 4, 4, 4), whole_pixels=0)
+        decoding.decode_picture(SmallDevice(has_room_for_tiles=False), torch.rand(1, 4, 4, 4), whole_pixels=0)
