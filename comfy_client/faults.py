@@ -76,7 +76,11 @@ def fault(response: Response, model: str, sent: int) -> LunaError:
         case 409:
             return AlreadyThere(told)
         case 413:
-            return TooLarge(f"{sent} bytes are more than the server takes", "config.properties: max_request_size")
+            return TooLarge(
+                f"{sent} bytes are more than the server takes over HTTP",
+                "send less at once, raise max_request_size in config.properties, or run where the server does: there, "
+                "shared memory carries tensors",
+            )
         case 503:
             return Refused(told, retry_after=0.5)
         case 502 | 504:

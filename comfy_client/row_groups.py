@@ -1,11 +1,15 @@
 """Rows of one evaluation in several requests, where together they are more than the server takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from luna_protocol import MAX_BODY_BYTES
+from luna_protocol.blob import MAX_HEADER_BYTES
 from luna_protocol.errors import OutOfMemory, TooLarge
+
+PART_BYTES = 48 << 20  # of LoRAs, the largest part that a request has to have room for beside its rows
 
 
 def in_groups(ask: Callable[[list[int], str], Tensor], rows: int, conds: int, most: int) -> tuple[Tensor, int]:
@@ -33,6 +37,13 @@ def in_groups(ask: Callable[[list[int], str], Tensor], rows: int, conds: int, mo
         else:
             order = torch.tensor([row for group in groups for row in group]).argsort()
             return torch.cat(parts)[order.to(parts[0].device)], most
+
+
+def rows_in_a_body(tensors: Mapping[str, Tensor]) -> int:
+    """How many of these rows an HTTP body holds beside a part of a LoRA and the message; at least 1."""
+    rows = len(next(iter(tensors.values())))
+    row_bytes = sum(tensor.nbytes for tensor in tensors.values()) // rows
+    return max(1, (MAX_BODY_BYTES - PART_BYTES - MAX_HEADER_BYTES) // row_bytes)
 
 
 def row_groups(rows: int, conds: int, most: int) -> list[list[int]]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from comfy_client.proxies.refusals import refuse
+from comfy_client.row_groups import PART_BYTES
 from luna_protocol.blob import set_hash
 
-PART_BYTES = 48 << 20
 # The order in which ComfyUI's weight adapters keep what they read, by their `name`, under the names files use.
 _SLOTS = {
     "lora": ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale", "reshape_weight"),

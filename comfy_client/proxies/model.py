@@ -13,20 +13,15 @@ from torch import Tensor, nn
 
 from comfy_client.content_hashes import ContentHashes
 from comfy_client.proxies.free_u import take_free_u
-from comfy_client.proxies.lora_upload import PART_BYTES
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse, refuse_block_patches
 from comfy_client.proxies.remote import Remote
 from comfy_client.proxies.step_cache import STEP_CACHE_KEY, StepCacheSettings
-from comfy_client.row_groups import in_groups
-from luna_protocol import MAX_BODY_BYTES
-from luna_protocol.blob import MAX_HEADER_BYTES
+from comfy_client.row_groups import in_groups, rows_in_a_body
 from luna_protocol.messages import MAX_ROWS, StepCache, UNetForward
 
 log = logging.getLogger(__name__)
 
-# Of a request whose tensors are an HTTP body: beside them there is room for a part of a LoRA, and the message.
-_TENSOR_BYTES = MAX_BODY_BYTES - PART_BYTES - MAX_HEADER_BYTES
 _FAMILIES = {"sd15": supported_models.SD15, "sdxl": supported_models.SDXL}
 
 
@@ -149,14 +144,10 @@ class RemoteUNet(nn.Module):
             self._count(message.get("step_cache"))
             return reply["out"]
 
-        out, self._most_rows = in_groups(ask, len(x), len(conds), self._row_limit(tensors))
+        if not self.remote.shares_memory:
+            self._most_rows = min(self._most_rows, rows_in_a_body(tensors))
+        out, self._most_rows = in_groups(ask, len(x), len(conds), self._most_rows)
         return out.to(x.device)
-
-    def _row_limit(self, tensors: Mapping[str, Tensor]) -> int:
-        if self.remote.shares_memory:
-            return self._most_rows
-        row_bytes = sum(tensor.nbytes for tensor in tensors.values()) // len(tensors["x"])
-        return max(1, min(self._most_rows, _TENSOR_BYTES // row_bytes))
 
     def _count_step(self, conds: list[str]) -> None:
         """A sampler's evaluation may come in several calls, one for some conds each. It is over, and the next begins,

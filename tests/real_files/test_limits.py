@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from comfy_client import server as server_module
-from comfy_client.row_groups import in_groups, row_groups
+from comfy_client.row_groups import in_groups, row_groups, rows_in_a_body
 from comfy_client.server import Server
 from handlers.clip_encode import ClipHandler
 from handlers.engine.tensor_cache import TensorCache
 from handlers.role_handler import Item
 from handlers.settings import PatchedSettings
+from luna_protocol import MAX_BODY_BYTES
 from luna_protocol.blob import pack, set_hash
 from luna_protocol.errors import MAX_TEXT, Broken, Impossible, Malformed, OutOfMemory, TooLarge, from_json
 from luna_protocol.messages import MAX_ROWS, ClipText, LoraUse, UNetForward
@@ -62,6 +63,18 @@ def test_rows_come_back_in_their_order_whatever_the_server_has_room_for():
     assert torch.equal(out, rows * 2) and most == 3
     assert asked[:2] == [(12, ""), (6, "0 of 2")]
     assert [name for _, name in asked[2:]] == [f"{i} of 6" for i in range(6)]
+
+
+def test_an_sdxl_controlnet_over_http_sends_cond_and_uncond_one_after_the_other():
+    """At 1024 x 1024 in fp32 the two are 214,958,080 bytes of residuals alone."""
+    levels = [(320, 128)] * 4 + [(640, 64)] * 3 + [(1280, 32)] * 3
+    shapes = {f"output.{index}": (channels, side, side) for index, (channels, side) in enumerate(levels[:9])}
+    shapes = {"x": (4, 128, 128), "context": (77, 2048), "middle.0": (1280, 32, 32), **shapes}
+    two = {name: torch.empty(2, *shape, device="meta") for name, shape in shapes.items()}
+    assert sum(tensor.nbytes for tensor in two.values()) > MAX_BODY_BYTES
+    assert row_groups(2, 2, rows_in_a_body(two)) == [[0], [1]]
+    halves = {name: tensor.half() for name, tensor in two.items()}
+    assert row_groups(2, 2, rows_in_a_body(halves)) == [[0, 1]]
 
 
 def test_a_single_row_that_is_too_large_is_refused_with_the_servers_words():
