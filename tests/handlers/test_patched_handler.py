@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from handlers.engine.tensor_cache import TensorCache
 from handlers.role_handler import Item
 from handlers.settings import UNetSettings
 from handlers.unet_forward import UNetHandler
+from luna_protocol.blob import set_hash
 from luna_protocol.errors import Malformed
 from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from tests import checkpoints
@@ -90,6 +92,24 @@ def test_what_cannot_run_beside_the_weights_is_merged_whatever_the_room(home):
         expected = alone(tight, item(tight, "2", hook_lora=items[0].request.hook_lora), items[1])
         for reply, out in zip(replies, expected, strict=True):
             assert torch.allclose(reply.tensors["out"], out, atol=1e-5)
+
+
+def test_a_merged_stack_stays_in_use_when_its_uploads_and_its_room_are_gone(home):
+    """The device's memory filled up meanwhile, and other clients' LoRAs pushed the tensors out."""
+    served = handler(home, 1024)
+    tensors = load_file(home / "models" / "loras" / "2.safetensors")
+    content = set_hash(tensors)
+    first = item(served, "2")
+    first.request.lora = [LoraUse(content=content)]
+    first.tensors |= {f"lora.{content}.{name}": tensor for name, tensor in tensors.items()}
+    assert served.missing(first) == []
+    [merged] = run(served, first)
+    served.overlays._fixed_budget, served.overlays._files._capacity = 0, 0
+    served.overlays._files.trim()
+    assert served.missing(first) == []
+    [again] = run(served, first)
+    assert torch.equal(again.tensors["out"], merged.tensors["out"])
+    assert not again.message.unmerged and again.message.lora == merged.message.lora
 
 
 def test_tensors_of_a_lora_that_nothing_names_are_refused(home):
