@@ -31,6 +31,10 @@ class WorkerDied(Internal):
     """The worker ended while it had the request."""
 
 
+class NotServed(NotFound):
+    """TorchServe has no such model, or no such version of it."""
+
+
 class Refused(Unavailable):
     """TorchServe itself did not take the request."""
 
@@ -70,7 +74,7 @@ def fault(response: Response, model: str, sent: int) -> LunaError:
         case 401 | 403:
             return Unauthorized(f"the proxy refuses the token: {told}", "LUNA_TOKEN holds what it asks for")
         case 404:
-            return NotFound(told, "scripts/add_checkpoint.py packs and registers a checkpoint")
+            return NotServed(told, "scripts/add_checkpoint.py packs and registers a checkpoint")
         case 405:
             return Impossible(f"the server does not allow this: {told}", "config.properties: enable_model_api=true")
         case 409:

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -20,6 +21,7 @@ from comfy_client.connections import Answer, Body, Connections, NotConnected, Re
 from comfy_client.faults import (
     AlreadyThere,
     DefaultVersion,
+    NotServed,
     Refused,
     Unauthorized,
     Unreachable,
@@ -151,11 +153,7 @@ class Manager:
         Raises:
             Full: they still waited after `seconds`.
         """
-        deadline = time.monotonic() + seconds
-        while self._is_used(model):
-            if time.monotonic() > deadline:
-                raise Full(f"{model} still has requests after {seconds:.0f} s", "stop its clients first")
-            time.sleep(_POLL_SECONDS)
+        self.wait_unused(model, seconds)
         try:
             self.unregister(model)
         except DefaultVersion:
@@ -213,6 +211,17 @@ class Manager:
             if waiting:
                 time.sleep(_POLL_SECONDS)
 
+    def wait_unused(self, model: str, seconds: float) -> None:
+        """
+        Raises:
+            Full: requests still waited for the model, or ran, after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while self._is_used(model):
+            if time.monotonic() > deadline:
+                raise Full(f"{model} still has requests after {seconds:.0f} s", "stop its clients first")
+            time.sleep(_POLL_SECONDS)
+
     def _is_used(self, model: str) -> bool:
         return self.pending(model) > 0 or any(worker.busy for worker in self._workers(model))
 
@@ -238,14 +247,16 @@ class Manager:
             if response.status in (200, 202):
                 return Answer(response.headers.get("Content-Type", ""), response.data)
             error = fault(response, model, body.blob_bytes)
-            if isinstance(error, Refused):
-                error = self._why_refused(model)
+            if isinstance(error, Refused | NotServed):
+                error = self._why_refused(model, error)
             if isinstance(error, WorkerDied):
                 # Once more, as another request may have killed it. One that sees two workers die is to blame itself.
                 deaths += 1
                 if deaths > 1:
                     raise error
-                self.wait_ready([model], max(0, deadline - time.monotonic()))
+                # What keeps it from being ready, the next try tells, also without a way to the management API.
+                with suppress(LunaError):
+                    self.wait_ready([model], max(0, deadline - time.monotonic()))
             elif isinstance(error, Unavailable) and error.retry_after is not None:
                 if time.monotonic() + error.retry_after > deadline:
                     raise error
@@ -253,18 +264,30 @@ class Manager:
             else:
                 raise error
 
-    def _why_refused(self, model: str) -> Unavailable:
-        """TorchServe has one text for a full queue, for workers that start, and for none."""
+    def _why_refused(self, model: str, refusal: LunaError) -> LunaError:
+        """TorchServe has one text for a full queue, for workers that start, and for none; and none for replacements."""
+        if isinstance(refusal, NotServed):
+            return self._being_replaced(model) or refusal
         try:
             description = self.describe(model)
         except LunaError:  # no way to the management API, as behind a proxy
             return Unavailable(f"{model} is full, loading, or has no worker", "try again", retry_after=0.5)
         if not description["workers"]:
-            return Unavailable(f"{model} is registered with no worker", f"scripts/models.py load {model}")
+            none = Unavailable(f"{model} is registered with no worker", f"scripts/models.py load {model}")
+            return self._being_replaced(model) or none
         if not any(worker["status"] == "READY" for worker in description["workers"]):
             return Loading(f"the workers of {model} are starting", "try again", retry_after=0.5)
         waiting = description["jobQueueStatus"]["pendingRequests"]
         return Full(f"{waiting} requests wait for {model} already", "try again, or add workers", retry_after=0.5)
+
+    def _being_replaced(self, model: str) -> Loading | None:
+        if model == "repository":
+            return None
+        with suppress(LunaError):
+            for each in self.index().models:
+                if each.replacing and with_version(each.name) == with_version(model):
+                    return Loading(f"{model} is being replaced", "try again", retry_after=0.5)
+        return None
 
     def _manage(self, method: str, path: str) -> Any:
         response = self._send(method, self.management, path, "management")

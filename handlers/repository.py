@@ -17,13 +17,15 @@ from handlers.engine.weights import read_scalars
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings
-from handlers.worker_state import live_workers
+from handlers.worker_state import is_replaced, live_workers, mark_replaced
 from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.messages import (
     DescribeModel,
     Index,
     Message,
     ModelDescription,
+    Ready,
+    ReplaceModel,
     RepositoryIndex,
     ServedModel,
     Worker,
@@ -34,7 +36,7 @@ _MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
 class RepositoryHandler(RoleHandler):
-    accepts = (RepositoryIndex, DescribeModel, *QUEUE_REQUESTS)
+    accepts = (RepositoryIndex, DescribeModel, ReplaceModel, *QUEUE_REQUESTS)
 
     def load(self) -> None:
         self.queue = open_queue(self.settings)
@@ -44,7 +46,7 @@ class RepositoryHandler(RoleHandler):
             return [Reply(answer(self.queue, item.request), {}) for item in items]
         # The server is the parent of every worker, this one included.
         workers = live_workers(self.settings.roots.run, os.getppid())
-        answers = {RepositoryIndex: self._index, DescribeModel: self._describe}
+        answers = {RepositoryIndex: self._index, DescribeModel: self._describe, ReplaceModel: self._replace}
         return [Reply(answers[type(item.request)](item.request, workers), {}) for item in items]
 
     def _index(self, _request: RepositoryIndex, workers: dict[str, list[Worker]]) -> Message:
@@ -56,23 +58,32 @@ class RepositoryHandler(RoleHandler):
         marks = {name: _fingerprint(partial(find, roots.loras, name, "LoRA")) for name in loras}
         unpacked = (name for name in names_below(roots.checkpoints) if name not in packed)
         return Index(
-            models=[_served(_shown(stem, archives), settings, workers) for stem, settings in archives.items()],
+            models=[_served(_shown(stem, archives), settings, roots.run, workers) for stem, settings in archives.items()],
             loras=loras,
             lora_fingerprints={name: mark for name, mark in marks.items() if mark},
             embeddings=names_below(roots.embeddings),
             servable=[name for name in unpacked if _is_servable(name, roots)],
         )
 
-    def _describe(self, request: DescribeModel, workers: dict[str, list[Worker]]) -> Message:
-        archive = self.settings.roots.model_store / archive_name(request.model)
+    def _stored(self, model: str) -> HandlerSettings:
+        archive = self.settings.roots.model_store / archive_name(model)
         settings = _settings(archive) if archive.parent == self.settings.roots.model_store else None
         if settings is None:
-            raise NotFound(f"the store has no model {request.model!r}", "the repository's index lists what it has")
+            raise NotFound(f"the store has no model {model!r}", "the repository's index lists what it has")
+        return settings
+
+    def _replace(self, request: ReplaceModel, _workers: dict[str, list[Worker]]) -> Message:
+        self._stored(request.model)
+        mark_replaced(self.settings.roots.run, request.model, not request.done)
+        return Ready()
+
+    def _describe(self, request: DescribeModel, workers: dict[str, list[Worker]]) -> Message:
+        settings = self._stored(request.model)
         path = settings.checkpoint_path()
         header = read_header(path)
         part = detect(header).parts[settings.role]
         return ModelDescription(
-            model=_served(request.model, settings, workers),
+            model=_served(request.model, settings, self.settings.roots.run, workers),
             shapes={component: part_shapes(header, part, component) for component in part.prefixes},
             markers=read_scalars(path, [name for name in _MARKERS if name in header]),
         )
@@ -105,21 +116,31 @@ def _shown(stem: str, archives: Mapping[str, HandlerSettings]) -> str:
 def _settings(archive: Path) -> HandlerSettings | None:
     """None for a file that is no archive of ours, or is being written just now."""
     try:
+        about = archive.stat()
+        return _read_settings(archive, about.st_mtime_ns, about.st_size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _read_settings(archive: Path, _modified: int, _size: int) -> HandlerSettings | None:
+    try:
         with zipfile.ZipFile(archive) as content:
             settings = yaml.safe_load(content.read("model-config.yaml"))["handler"]
         shared = {name: settings[name] for name in HandlerSettings.model_fields if name in settings}
         return HandlerSettings.model_validate(shared)
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValidationError, yaml.YAMLError):
+    except (zipfile.BadZipFile, KeyError, TypeError, ValidationError, yaml.YAMLError):
         return None
 
 
-def _served(name: str, settings: HandlerSettings, workers: dict[str, list[Worker]]) -> ServedModel:
+def _served(name: str, settings: HandlerSettings, run: Path, workers: dict[str, list[Worker]]) -> ServedModel:
     return ServedModel(
         name=name,
         role=settings.role,
         family=settings.family,
         checkpoint=settings.checkpoint,
         fingerprint=_fingerprint(settings.checkpoint_path),
+        replacing=is_replaced(run, name),
         workers=workers.get(without_first(name), []),
     )
 

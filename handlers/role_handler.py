@@ -195,6 +195,8 @@ class RoleHandler:
             raise self.failure.fresh()
         if self.failure is not None:
             raise Broken(f"the model did not load: {self.failure}", "mend the cause, then load the model again")
+        if self.state:
+            self.state.check_replacement()
         message, tensors = self.transport.receive(row)
         request = parse_request(message, (*self.accepts, Readiness))
         if isinstance(request, Readiness):

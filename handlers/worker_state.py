@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from handlers.engine.memory_budget import device_key, gigabytes
 from handlers.engine.private_files import make_private_folder, replace_privately
-from luna_protocol.errors import Broken, OutOfMemory
+from luna_protocol.errors import Broken, Loading, OutOfMemory
 from luna_protocol.messages import Worker
+from luna_protocol.model_names import archive_name
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _ROOM_POLL = 0.25
 KEEPER = "keeper"  # a file in the run folder while somebody there unloads idle models for those that wait
 _DEATHS = 3
 _DEATHS_WITHIN = 900.0  # seconds
+_REPLACED_WITHIN = 180.0
 
 
 class _Record(BaseModel):
@@ -86,6 +88,14 @@ class WorkerState:
                 f"{self.record.model} was not loaded: {len(recent)} workers in a row died while loading it",
                 "out of memory? See the server's logs, then load it again with scripts/models.py",
             )
+
+    def check_replacement(self) -> None:
+        """
+        Raises:
+            Loading: the model is about to give way to a new archive, and whoever waited would wait for ever.
+        """
+        if is_replaced(self._run, self.record.model):
+            raise Loading(f"{self.record.model} is being replaced", "try again", retry_after=1)
 
     def loaded(self, weights_bytes: int) -> None:
         """The worker is ready, and the deaths before it are forgotten."""
@@ -145,6 +155,28 @@ class WorkerState:
             if self._late is not None:
                 self._late.cancel()
                 self._late = None
+
+
+def mark_replaced(run: Path, model: str, replaced: bool) -> None:
+    """Have the workers of a model of the store refuse what comes, until told otherwise or for three minutes."""
+    mark = _replacement(run, model)
+    if replaced:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def is_replaced(run: Path, model: str) -> bool:
+    """Whether the model is marked so, and not for too long."""
+    try:
+        return time.time() - _replacement(run, model).stat().st_mtime < _REPLACED_WITHIN
+    except OSError:
+        return False
+
+
+def _replacement(run: Path, model: str) -> Path:
+    return run / "replaced" / archive_name(model)
 
 
 def holds(worker: Worker) -> bool:

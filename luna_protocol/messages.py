@@ -280,7 +280,8 @@ class ServedModel(Message):
     """An archive of the store, and its live workers: none when it is not loaded.
 
     name: NAME, or NAME/VERSION where the store has several versions.
-    fingerprint changes whenever the checkpoint's file does; None where the file is missing.
+    fingerprint changes whenever the checkpoint's file does; None where the file is missing. replacing: see
+    `ReplaceModel`.
     """
 
     name: str
@@ -288,6 +289,7 @@ class ServedModel(Message):
     family: str | None = None
     checkpoint: str | None = None
     fingerprint: ContentHash | None = None
+    replacing: bool = False
     workers: list[Worker] = []
 
 
@@ -313,6 +315,18 @@ class DescribeModel(Request):
 
     kind: Literal["describe_model"] = "describe_model"
     model: Name
+
+
+class ReplaceModel(Request):
+    """Says that a registered model is about to give way to a new archive of its name, or, if `done`, that it has.
+
+    In between its workers answer every request with `Loading`, so that none waits when the model is unregistered; for
+    three minutes at most, should nobody say that it is done. The reply is a `Ready`.
+    """
+
+    kind: Literal["replace_model"] = "replace_model"
+    model: Name
+    done: bool = False
 
 
 class ModelDescription(Message):

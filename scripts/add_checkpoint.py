@@ -23,6 +23,7 @@ from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.model_names import FIRST_VERSION, with_version
 from serving.archives import Archive, pack_checkpoint, pack_repository
 from serving.loading import load, overview
+from serving.replacing import replace
 from serving.specs import SpecError
 from serving.torchserve import ROOT
 
@@ -92,17 +93,22 @@ def _printable(text: str) -> str:
 
 
 def _serve(server: Manager, archives: list[Archive], console: Console) -> int:
+    replaced = True
     for archive in archives:
         if archive.written:
-            with suppress(NotFound):  # it was not registered
-                server.unregister(archive.model)
+            try:
+                with suppress(NotFound), console.status(f"{archive.model}: waiting for the requests that run"):
+                    replace(server, archive.model)
+            except LunaError as error:
+                console.print(f"[red]{archive.model} stays as it was until the next start: {_printable(str(error))}")
+                replaced = False
     load(server, [archive.model for archive in archives], console)
     models = {with_version(archive.model) for archive in archives}
     index = server.index()
     index.models = [model for model in index.models if with_version(model.name) in models]
     console.print(overview(index))
     ready = [model for model in index.models if any(worker.state == "ready" for worker in model.workers)]
-    return 0 if len(ready) == len(models) else 1
+    return 0 if replaced and len(ready) == len(models) else 1
 
 
 if __name__ == "__main__":
