@@ -5,13 +5,15 @@ each, more than everything else that a client does for a step.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPMessage, HTTPSConnection
 from urllib.parse import SplitResult
 
 from comfy_client.addresses import parsed
+
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Connections:
         self._idle: deque[HTTPConnection] = deque(maxlen=idle)
 
     def exchange(
-        self, method: str, path: str, headers: dict[str, str], body: Iterable[memoryview], seconds: float
+        self, method: str, path: str, headers: dict[str, str], body: bytes | bytearray, seconds: float
     ) -> Response:
         """One request and its whole answer, whatever its status; each piece of the answer may take `seconds`.
 
@@ -71,7 +73,7 @@ class Connections:
             connection.sock.settimeout(seconds)
             # A server may answer, and close, before it has read all of a body that is too large.
             with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, parts.path + path, body, headers)
+                connection.request(method, parts.path + path, _pieces(body), headers)
             answer = connection.getresponse()
             response = Response(answer.status, answer.headers, answer.read())
         except BaseException:
@@ -90,6 +92,11 @@ class Connections:
         except (OSError, UnicodeError) as error:  # the latter of a host's name that is none
             raise NotConnected(str(error)) from error
         return connection
+
+
+def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:
+    """One after the other, because a connection's time-out is for one piece, however large."""
+    return (memoryview(body)[start : start + _PIECE] for start in range(0, len(body), _PIECE))
 
 
 class NotConnected(OSError):

@@ -27,6 +27,16 @@ class Unauthorized(LunaError):
     status, code = 401, "unauthorized"
 
 
+class TokenKeptBack(Unauthorized):
+    """The server wants a token, and its address is not one that may see it."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"{address} asks for a token and gets none, as it is another machine's and comes from ComfyUI's settings",
+            "name it in the environment, LUNA_INFERENCE or LUNA_MANAGEMENT, if it may have the token",
+        )
+
+
 class WorkerDied(Internal):
     """The worker ended while it had the request."""
 

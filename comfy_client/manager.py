@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -20,9 +20,9 @@ from comfy_client.addresses import normal
 from comfy_client.connections import Answer, Body, Connections, NotConnected, Response
 from comfy_client.faults import (
     AlreadyThere,
-    DefaultVersion,
     NotServed,
     Refused,
+    TokenKeptBack,
     Unauthorized,
     Unreachable,
     WorkerDied,
@@ -37,7 +37,6 @@ from luna_protocol.model_names import archive_name, with_version
 
 # The same in all requests of one client, so that a proxy can keep it on the node that has its caches.
 SESSION_HEADER = "Luna-Session"
-_PIECE = 1 << 20
 _POLL_SECONDS = 0.3  # TorchServe runs nvidia-smi for every description
 
 
@@ -125,6 +124,10 @@ class Manager:
         """TorchServe's own account of a registered model: settings, queue, and the `status` of each worker."""
         return self._manage("GET", f"/models/{quote(model)}")[0]
 
+    def describe_versions(self, model: str) -> list[dict[str, Any]]:
+        """As `describe`, of each registered version."""
+        return self._manage("GET", f"/models/{quote(model)}/all")
+
     def register(self, archive: str) -> bool:
         """Have an archive of the store (a file name) loaded; `wait_ready` tells when it is. False if it was already."""
         # Of two versions of a model that come at the same moment, TorchServe accepts both and forgets one.
@@ -138,7 +141,7 @@ class Manager:
     def load(self, model: str) -> None:
         """Have a model of the store loaded; one that is registered without a worker that serves starts anew."""
         if not self.register(archive_name(model)):
-            workers = self._workers(model)
+            workers = self.workers(model)
             wanted = self.describe(with_version(model))["minWorkers"]
             if not wanted or (workers and all(worker.state == "failed" for worker in workers)):
                 self.scale(model, 0)
@@ -147,17 +150,19 @@ class Manager:
     def unload(self, model: str, seconds: float = 60) -> None:
         """Unregister a model of the store once nobody waits for it: TorchServe would never answer those that wait.
 
-        The default of several versions stays registered, without workers, so that its plain name does not come to mean
-        another one.
+        The default of several versions of the store stays registered, without workers, so that its plain name does not
+        come to mean another one, now or when they are loaded again.
 
         Raises:
             Full: they still waited after `seconds`.
         """
         self.wait_unused(model, seconds)
-        try:
-            self.unregister(model)
-        except DefaultVersion:
+        name, _, version = with_version(model).partition("/")
+        several = sum(each.name.partition("/")[0] == name for each in self.index().models) > 1
+        if several and self.describe(name)["modelVersion"] == version:
             self.scale(model, 0)
+        else:
+            self.unregister(model)
 
     def unregister(self, model: str) -> None:
         """End the workers of a model of the store and forget it, whoever waits for it; its archive stays.
@@ -169,7 +174,7 @@ class Manager:
 
     def versions(self, model: str) -> tuple[list[str], str]:
         """The registered versions of a model, and the one that answers to its plain name."""
-        every = self._manage("GET", f"/models/{quote(model)}/all")
+        every = self.describe_versions(model)
         return sorted(each["modelVersion"] for each in every), self.describe(model)["modelVersion"]
 
     def set_default(self, model: str, version: str) -> None:
@@ -223,9 +228,10 @@ class Manager:
             time.sleep(_POLL_SECONDS)
 
     def _is_used(self, model: str) -> bool:
-        return self.pending(model) > 0 or any(worker.busy for worker in self._workers(model))
+        return self.pending(model) > 0 or any(worker.busy for worker in self.workers(model))
 
-    def _workers(self, model: str) -> list[Worker]:
+    def workers(self, model: str) -> list[Worker]:
+        """The live workers of a model of the store."""
         named = with_version(model)
         return next((each.workers for each in self.index().models if with_version(each.name) == named), [])
 
@@ -297,7 +303,7 @@ class Manager:
 
     def _renew(self, kind: str, api_key: str) -> None:
         if self.management not in self._tokens_for:
-            raise _kept_back(self.management)
+            raise TokenKeptBack(self.management)
         self._exchange("GET", self.management, f"/token?type={kind}", api_key, None)
 
     def _send(self, method: str, address: str, path: str, kind: str, body: Body | None = None) -> Response:
@@ -305,7 +311,7 @@ class Manager:
         token = self._tokens.current(kind) if trusted else None
         response = self._exchange(method, address, path, token, body)
         if not trusted and (token_refused(response) or response.status in (401, 403)):
-            raise _kept_back(address)
+            raise TokenKeptBack(address)
         if token_refused(response):
             renewed = self._tokens.after_refusal(kind, token)
             response = self._exchange(method, address, path, renewed, body)
@@ -327,7 +333,7 @@ class Manager:
             try:
                 sent = body.fresh() if body else b""
                 headers["Content-Length"] = str(len(sent))
-                return self._connections[address].exchange(method, path, headers, _pieces(sent), seconds)
+                return self._connections[address].exchange(method, path, headers, sent, seconds)
             except TimeoutError as error:
                 raise Unavailable(
                     f"{address} did not answer within {seconds:.0f} s", "is it overloaded? See the server's logs/"
@@ -340,15 +346,3 @@ class Manager:
                 if attempt == attempts:
                     raise Unreachable(f"{address} breaks off its answers: {error}", "is it restarting?") from error
         raise AssertionError("unreachable")
-
-
-def _kept_back(address: str) -> Unauthorized:
-    return Unauthorized(
-        f"{address} asks for a token and gets none, as it is another machine's and comes from ComfyUI's settings",
-        "name it in the environment, LUNA_INFERENCE or LUNA_MANAGEMENT, if it may have the token",
-    )
-
-
-def _pieces(body: bytes | bytearray) -> Iterator[memoryview]:
-    """One after the other, because a connection's time-out is for one piece, however large."""
-    return (memoryview(body)[start : start + _PIECE] for start in range(0, len(body), _PIECE))

@@ -58,7 +58,9 @@ class RepositoryHandler(RoleHandler):
         marks = {name: _fingerprint(partial(find, roots.loras, name, "LoRA")) for name in loras}
         unpacked = (name for name in names_below(roots.checkpoints) if name not in packed)
         return Index(
-            models=[_served(_shown(stem, archives), settings, roots.run, workers) for stem, settings in archives.items()],
+            models=[
+                _served(_shown(stem, archives), settings, roots.run, workers) for stem, settings in archives.items()
+            ],
             loras=loras,
             lora_fingerprints={name: mark for name, mark in marks.items() if mark},
             embeddings=names_below(roots.embeddings),

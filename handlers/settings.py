@@ -1,5 +1,6 @@
 """What an archive's model-config.yaml tells its handler, under the key `handler`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ class HandlerSettings(BaseModel):
         """
         if self.checkpoint is None:
             raise NotFound("this archive names no checkpoint", "pack it with scripts/add_checkpoint.py")
+        with suppress(NotFound):
+            return find(tuple(self.checkpoint_roots), self.checkpoint, "checkpoint")
         return find((*self.checkpoint_roots, *self.roots.checkpoints), self.checkpoint, "checkpoint")
 
 

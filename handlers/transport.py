@@ -29,7 +29,7 @@ class Transport:
             NoSharedMemory: the memory that it names cannot be mapped here.
         """
         body = _body(row)
-        if not body:
+        if isinstance(body, bytes | bytearray) and not body:
             return Readiness().model_dump(), {}
         if (place := _place(body)) is not None:
             return unpack(self._attachments.view(place.request, place.request_bytes))
@@ -65,7 +65,7 @@ def is_plain_json(row: dict[str, Any]) -> bool:
 
 
 def _body(row: dict[str, Any]) -> Any:
-    return row.get("body", row.get("data"))
+    return row["body"] if "body" in row else row.get("data") or b""
 
 
 def _place(body: Any) -> SharedBlob | None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -116,27 +117,36 @@ class Keeper:
     def make_room(self) -> None:
         """Unload what is idle, for each worker that waits and can be helped."""
         workers = live_workers(self.run)
-        for model, each in workers.items():
-            for worker in each:
-                if worker.state == "waiting":
-                    for idle in self._in_the_way(worker, workers):
-                        log.warning("unloading %s, to make room for %s", idle, model)
-                        self.server.unload(idle, seconds=0)
-                        del workers[idle]
-                    return
+        waiting = [(model, worker) for model, each in workers.items() for worker in each if worker.state == "waiting"]
+        helped: set[str] = set()  # devices: what was freed there is for one worker, and the next poll sees who took it
+        for model, worker in waiting:
+            device = device_key(worker)
+            for idle in self._in_the_way(worker, workers) if device not in helped else ():
+                helped.add(device)
+                log.warning("unloading %s, to make room for %s", idle, model)
+                self._guarded(partial(self.server.unload, idle, seconds=0))
+                workers.pop(idle)
 
     def drain(self, wanted: dict[str, int]) -> None:
         """Answer those who wait for a model that has no workers any more."""
         for model, count in wanted.items():
-            if not count and self.server.pending(model):
-                log.warning("%s was scaled to 0 while requests waited: a worker answers them", model)
-                self.server.scale(model, 1)
-                self._draining.add(model)
+            if not count:
+                self._guarded(partial(self._answer_waiting, model))
         workers = live_workers(self.run)
         for model in self._draining & workers.keys():
-            if _is_idle(model, workers) and not self.server.pending(model):
-                self.server.scale(model, 0)
-                self._draining.remove(model)
+            if _is_idle(model, workers):
+                self._guarded(partial(self._end_answering, model))
+
+    def _answer_waiting(self, model: str) -> None:
+        if self.server.pending(model):
+            log.warning("%s was scaled to 0 while requests waited: a worker answers them", model)
+            self.server.scale(model, 1)
+            self._draining.add(model)
+
+    def _end_answering(self, model: str) -> None:
+        if not self.server.pending(model):
+            self.server.scale(model, 0)
+            self._draining.remove(model)
 
     def _loop(self) -> None:
         polls = 0
@@ -171,12 +181,15 @@ class Keeper:
     def _registered(self) -> Registered:
         workers, defaults = {}, {}
         for model in self.server.models():
-            versions, default = self.server.versions(model)
-            if len(versions) > 1:
-                defaults[model] = default
+            try:
+                versions = self.server.describe_versions(model)
+                if len(versions) > 1:
+                    defaults[model] = self.server.describe(model)["modelVersion"]
+            except LunaError as error:  # it went a moment ago, or has a name that no address can have
+                log.warning("%r is registered, and nobody can look after it: %s", model, error)
+                continue
             for version in versions:
-                name = f"{model}/{version}"
-                workers[without_first(name)] = self.server.describe(name)["minWorkers"]
+                workers[without_first(f"{model}/{version['modelVersion']}")] = version["minWorkers"]
         return Registered(workers, defaults)
 
     def _in_the_way(self, waiting: Worker, workers: dict[str, list[Worker]]) -> list[str]:

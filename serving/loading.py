@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -49,6 +50,10 @@ def load(
                 if count := (workers or {}).get(model):
                     server.scale(model, count)
                 server.wait_ready([with_version(model)], progress=show)
+                # To TorchServe a worker is ready that answers everybody why its model did not load.
+                with suppress(LunaError):
+                    if any(worker.state == "failed" for worker in server.workers(model)):
+                        progress.update(tasks[model], state="[red]failed")
             except LunaError as error:
                 progress.update(tasks[model], completed=1, state="[red]not served")
                 progress.console.print(f"[red]{model}: {escape(str(error))}")

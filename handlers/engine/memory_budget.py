@@ -55,4 +55,5 @@ def device_key(worker: Worker) -> str:
 
 
 def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    """The size in words; in megabytes where it is less than a tenth of a gigabyte."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -59,5 +59,11 @@ def test_versions_are_registered_at_once_and_unloaded_in_any_order(torchserve: T
         assert server.versions("a.unet") == (["1.0", "2.0"], "1.0")
         assert server.describe("a.unet/1.0")["minWorkers"] == 0
         server.unload("a.unet/2.0")
-        server.unload("a.unet")
-        assert "a.unet" not in server.models()
+        assert server.versions("a.unet") == (["1.0"], "1.0")
+
+        # The plain name means the same again once all versions are back, in whatever order they come.
+        server.set_default("b.unet", "2.0")
+        for version in ("1.0", "2.0"):
+            server.unload(f"b.unet/{version}")
+        assert [server.register(archive_name(f"b.unet/{version}")) for version in ("1.0", "2.0")] == [True, False]
+        assert server.versions("b.unet") == (["1.0", "2.0"], "2.0")

@@ -8,8 +8,8 @@ import torch
 
 from handlers import transport
 from luna_protocol.blob import Blob
-from luna_protocol.errors import TooLarge
-from luna_protocol.messages import Readiness, Ready
+from luna_protocol.errors import Malformed, TooLarge
+from luna_protocol.messages import Readiness, Ready, parse_request
 
 CONFIG = Path(__file__).resolve().parent.parent.parent / "config.properties"
 
@@ -26,6 +26,13 @@ def test_a_reply_above_it_is_refused_and_one_below_is_not(monkeypatch) -> None:
     monkeypatch.setattr(transport, "MAX_BODY_BYTES", reply.size - 1)
     with pytest.raises(TooLarge, match="the reply has"):
         ours.answer(row, reply)
+
+
+@pytest.mark.parametrize("body", [None, [], {}, "", 0, False])
+def test_json_that_says_nothing_is_no_probe(body) -> None:
+    """As `null`, `[]` and the like arrive: a client that sends them has a fault, and hears of it."""
+    with pytest.raises(Malformed):
+        parse_request(transport.Transport().receive({"body": body})[0], (Readiness,))
 
 
 @pytest.mark.parametrize("row", [{}, {"body": b""}, {"data": None}])

@@ -80,7 +80,7 @@ def test_devices_have_budgets_of_their_own(tmp_path):
     (first.folder / "other.json").write_text(json.dumps(record))
     own(tmp_path, assigned_gpu=1).claim(50 * MB, 100 * MB, seconds=0)
     assert live_workers(tmp_path)["own"][0].state == "loading"
-    with pytest.raises(OutOfMemory, match=r"holds own 0\.09 GB"):
+    with pytest.raises(OutOfMemory, match=r"holds own 90\.0 MB"):
         own(tmp_path, assigned_gpu=0).claim(50 * MB, 100 * MB, seconds=0)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from comfy_client.server import Server
 from handlers.engine.checkpoints import weights_size
-from luna_protocol.errors import LunaError, OutOfMemory
+from luna_protocol.errors import Full, LunaError, OutOfMemory
 from luna_protocol.messages import UNetForward, Worker
 from serving import keeper as keeper_module
 from serving.archives import pack_checkpoint, pack_repository
@@ -56,6 +56,52 @@ def test_nothing_goes_for_one_that_would_still_not_fit():
 def test_other_devices_are_left_alone():
     workers = {"a.unet": [worker(50 << 20, 900, gpu=1)], "b.unet": [worker(50 << 20, 100, gpu=0)]}
     assert in_the_way(40 << 20, 50 << 20, workers, gpu=0) == ["b.unet"]
+
+
+class Unloading:
+    """A server that notes what is unloaded; of `stuck` models it is told that somebody uses them."""
+
+    def __init__(self, *stuck: str) -> None:
+        self.stuck, self.unloaded = stuck, []
+
+    def unload(self, model: str, seconds: float) -> None:
+        if model in self.stuck:
+            raise Full(f"{model} still has requests")
+        self.unloaded.append(model)
+
+
+def made_room(monkeypatch, server: Unloading, workers: dict[str, list[Worker]]) -> list[str]:
+    monkeypatch.setattr(keeper_module, "live_workers", lambda _run: dict(workers))
+    Keeper(server, Path()).make_room()
+    return server.unloaded
+
+
+def waiting(gpu: int, needed: int, budget: int) -> list[Worker]:
+    worker = Worker(pid=2, state="waiting", device="cpu", assigned_gpu=gpu, weights_bytes=needed, budget_bytes=budget)
+    return [worker]
+
+
+def test_each_device_gets_room_in_one_round_and_one_worker_of_each(monkeypatch):
+    workers = {
+        "never.unet": waiting(0, 500, 100),  # cannot be helped, and comes first
+        "new.unet": waiting(0, 50, 100),
+        "next.unet": waiting(0, 50, 100),
+        "other.unet": waiting(1, 50, 100),
+        "a.unet": [worker(60, 900, gpu=0)],
+        "b.unet": [worker(40, 100, gpu=0)],
+        "c.unet": [worker(60, 900, gpu=1)],
+    }
+    assert made_room(monkeypatch, Unloading(), workers) == ["a.unet", "c.unet"]
+
+
+def test_a_model_that_cannot_be_unloaded_does_not_stop_the_others(monkeypatch):
+    workers = {
+        "new.unet": waiting(0, 50, 100),
+        "other.unet": waiting(1, 50, 100),
+        "a.unet": [worker(60, 900, gpu=0)],
+        "c.unet": [worker(60, 900, gpu=1)],
+    }
+    assert made_room(monkeypatch, Unloading("a.unet"), workers) == ["c.unet"]
 
 
 def test_an_unreadable_memory_of_what_was_loaded_loads_everything(tmp_path):
@@ -119,6 +165,9 @@ def test_a_life_of_models(running, monkeypatch):
     with pytest.raises(OutOfMemory, match=r"c\.unet needs .* on 0, whose budget of .* holds a\.unet .*unload"):
         sample(server, "c.unet")
 
+    # A name that no address can have: nobody can look after it, and nobody else is the worse for it.
+    server._manage("POST", "/models?url=repository.mar&model_name=..%2f..%2fx&synchronous=true")
+
     # Somebody does: b goes, because a was used later.
     keeper = Keeper(server, running.run)
     keeper.start()
@@ -130,7 +179,7 @@ def test_a_life_of_models(running, monkeypatch):
         deadline = time.monotonic() + 60
         while state(server, "c.unet") != ["ready"] and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert sorted(server.models()) == ["a.unet", "c.unet", "repository"]
+        assert sorted(server.models()) == ["../../x", "a.unet", "c.unet", "repository"]
         assert torch.equal(sample(server, "a.unet"), expected)
 
         # Whoever waits for a model that somebody scales to 0 gets an answer all the same.
