@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from luna_pictures.metadata import plain
 from luna_protocol.blob import MAX_MESSAGE_BYTES
 from luna_protocol.save_job import SaveJob
 
@@ -29,20 +30,17 @@ def tolerant_job(fields: Mapping[str, Any]) -> tuple[SaveJob, list[str]]:
         if not isinstance(given, Mapping):
             notes.append(f"{name} is left out: {type(given).__name__} is no dictionary")
             given = {}
-        fields[name] = {_plain(str(key), name, notes): value for key, value in given.items()}
-    places = [("", fields, "prompt"), *((f"{name}.", fields[name], key) for name in _HELD for key in fields[name])]
-    sizes = []
-    for prefix, holder, key in places:
-        try:
-            holder[key] = _plain(holder.get(key), f"{prefix}{key}", notes)
-        except RecursionError:
-            holder[key] = None
-            notes.append(f"{prefix}{key} is left out: it holds itself")
-        sizes.append(len(json.dumps(holder[key])))
-    for size, (prefix, holder, key) in sorted(zip(sizes, places, strict=True), key=lambda each: -each[0]):
-        if sum(sizes) > _MAX_METADATA_BYTES:
-            notes.append(f"{prefix}{key} is left out: it has {size / 1e6:.1f} MB")
-            sizes.remove(size)
+        fields[name] = {plain(str(key)): value for key, value in given.items()}
+    places = [
+        ("prompt", fields, "prompt"),
+        *((f"{name}.{key}", fields[name], key) for name in _HELD for key in fields[name]),
+    ]
+    for label, holder, key in places:
+        holder[key] = _json(holder.get(key), label[:100], notes)
+    sizes = {label: len(json.dumps(holder[key])) for label, holder, key in places}
+    for label, holder, key in sorted(places, key=lambda place: -sizes[place[0]]):
+        if sum(sizes.values()) > _MAX_METADATA_BYTES:
+            notes.append(f"{label[:100]} is left out: it has {sizes.pop(label) / 1e6:.1f} MB")
             del holder[key]
     while True:
         try:
@@ -54,28 +52,23 @@ def tolerant_job(fields: Mapping[str, Any]) -> tuple[SaveJob, list[str]]:
                 raise
             # pydantic's places lead into the value: what goes is the item, or the whole field.
             holder, key = (fields[name], inner[0]) if name in _HELD and inner else (fields, name)
-            notes.append(f"{'.'.join(dict.fromkeys((name, str(key))))[:100]} is left out: {wrong['msg']}")
+            reason = "pictures take only short names in Latin letters" if wrong["loc"][-1] == "[key]" else wrong["msg"]
+            notes.append(f"{'.'.join(dict.fromkeys((name, str(key))))[:100]} is left out: {reason}")
             del holder[key]
 
 
-def _plain(value: Any, label: str, notes: list[str]) -> Any:
+def _json(value: Any, label: str, notes: list[str]) -> Any:
     """`value` as JSON has it: tuples become lists, keys texts, and what has no such form None."""
-    match value:
-        case None | bool():
-            return value
-        case np.generic():
-            return _plain(value.item(), label, notes)
-        case int():
-            return int(value)
-        case float():
-            return float(value)
-        case str():
-            return value.encode(errors="replace").decode()
-        case Mapping():
-            return {
-                _plain(str(key), label, notes): _plain(part, f"{label}.{key}", notes) for key, part in value.items()
-            }
-        case list() | tuple() | set():
-            return [_plain(part, f"{label}.{number}", notes) for number, part in enumerate(value)]
-    notes.append(f"{label[:100]} is left out: {type(value).__name__} has no form in JSON")
-    return None
+
+    def without_form(part: Any) -> Any:
+        if isinstance(part, np.generic):
+            return part.item()
+        notes.append(f"{label} holds something that is left out: {type(part).__name__} has no form in JSON")
+        return None
+
+    try:
+        text = json.dumps(value, default=without_form, ensure_ascii=False)
+    except (RecursionError, TypeError, ValueError):
+        notes.append(f"{label} is left out: it holds itself, is nested too deeply, or has keys that are no texts")
+        return None
+    return json.loads(text.encode(errors="replace"))

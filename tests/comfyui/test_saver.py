@@ -146,7 +146,8 @@ def test_the_page_fills_in_save_images_templates(comfyui: ComfyUI) -> None:
     comfyui.post("/settings", {"Comfy.TutorialCompleted": True})
     with browser(chromium, chromedriver) as page:
         page.open(comfyui.url)
-        page.until(lambda: page.script("return Boolean(window.LiteGraph?.registered_node_types.LunaMultiSaver)"), "the node")
+        known = "return Boolean(window.LiteGraph?.registered_node_types.LunaMultiSaver)"
+        page.until(lambda: page.script(known), "the node")
         sent = page.script(
             """
             const [saver, latent] = ["LunaMultiSaver", "EmptyLatentImage"].map((type) => LiteGraph.createNode(type));
