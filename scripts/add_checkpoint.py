@@ -29,6 +29,12 @@ from serving.torchserve import ROOT
 
 
 def main() -> int:
+    console = Console()
+    try:
+        roots = Roots.from_environment(ROOT)
+    except LunaError as error:
+        console.print(f"[red]{escape(str(error))}")
+        return 1
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "files",
@@ -42,7 +48,7 @@ def main() -> int:
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), help="what to compute in, instead of the specs' choice"
     )
-    parser.add_argument("--store", type=Path, default=Roots.from_environment(ROOT).model_store, help="(%(default)s)")
+    parser.add_argument("--store", type=Path, default=roots.model_store, help="(%(default)s)")
     parser.add_argument(
         "--port", type=int, default=8080, help="of the running server, as given to serve.py (%(default)s)"
     )
@@ -53,7 +59,6 @@ def main() -> int:
         parser.error(f"--version {arguments.version!r} is no version; give a number such as 2.0")
     if arguments.comfyui:
         os.environ["LUNA_COMFYUI"] = str(arguments.comfyui)
-    console = Console()
     archives: list[Archive] = []
     status = 0
     for file in arguments.files:

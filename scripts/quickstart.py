@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -153,8 +154,8 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except (LunaError, SpecError, RuntimeError) as error:
-        console.print(f"[red]{error}")
+    except (LunaError, SpecError, RuntimeError, OSError) as error:
+        console.print(f"[red]{escape(str(error))}")
         return 1
     finally:
         torchserve.stop()

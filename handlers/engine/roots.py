@@ -59,8 +59,7 @@ class Roots:
             value = os.environ.get(f"LUNA_{field.upper()}")
             if not value:
                 continue
-            several = isinstance(default, tuple)
-            changes[field] = tuple(map(_given, filter(None, value.split(os.pathsep)))) if several else _given(value)
+            changes[field] = _several(value) if isinstance(default, tuple) else _given(value)
         roots = replace(roots, **changes)
         if comfyui := os.environ.get("LUNA_COMFYUI"):
             added = {kind: getattr(roots, kind) + paths for kind, paths in comfyui_folders(_given(comfyui)).items()}
@@ -68,8 +67,22 @@ class Roots:
         return roots
 
 
+def absolute_environment() -> dict[str, str]:
+    """The variables of folders that are set, with absolute paths, for processes that run elsewhere."""
+    several = {f"LUNA_{field.upper()}": isinstance(each, tuple) for field, each in vars(Roots.under(Path())).items()}
+    return {
+        name: os.pathsep.join(map(str, _several(value))) if several.get(name) else str(_given(value))
+        for name in ("LUNA_HOME", "LUNA_COMFYUI", *several)
+        if (value := os.environ.get(name))
+    }
+
+
+def _several(paths: str) -> tuple[Path, ...]:
+    return tuple(map(_given, filter(None, paths.split(os.pathsep))))
+
+
 def _given(path: str) -> Path:
-    """What a variable means to the process that reads it first: "~" is the user's, and workers run in other folders."""
+    """What a variable means to the process that reads it: "~" is the user's."""
     return Path(path).expanduser().absolute()
 
 

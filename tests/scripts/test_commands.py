@@ -152,6 +152,19 @@ def test_add_checkpoint_tells_each_bad_file_and_adds_the_good(tmp_path: Path) ->
     assert {path.name.split(".")[0] for path in (tmp_path / "model_store").iterdir()} == {"good", "repository"}
 
 
+@pytest.mark.skipif(not POSIX, reason="bounds files by POSIX means")
+def test_add_checkpoint_on_a_full_disk_says_so_in_a_sentence(tmp_path: Path) -> None:
+    """No file may be larger than 1,000 bytes, so that copying fails file by file, as it does on a full disk."""
+    file = write(tmp_path / "tiny.safetensors", "tiny_sd15")
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+    limited += "sys.argv = sys.argv[1:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    line = [sys.executable, "-B", "-c", limited, *command("add_checkpoint", file, "--port", "9")[1:]]
+    scripts = {"PYTHONPATH": str(ROOT / "scripts")}
+    done = subprocess.run(line, env=environment(tmp_path, **scripts), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"could not be packed: .*File too large.*is there room in", " ".join(done.stdout.split()))
+
+
 @pytest.mark.slow
 def test_add_checkpoint_has_a_running_server_serve_it(
     tmp_path: Path, home: Path, torchserve: TorchServe, server: Server

@@ -26,9 +26,9 @@ from tests.conftest import connect
 LARGEST_IMAGE = 4096 * 4096 * 3 * 4
 
 
-def register_raw(torchserve: TorchServe, url: str) -> urllib3.BaseHTTPResponse:
+def register_raw(torchserve: TorchServe, url: str, **more: str) -> urllib3.BaseHTTPResponse:
     key = json.loads(torchserve.key_file.read_text())["management"]["key"]
-    path = f"{torchserve.management}/models?{urlencode({'url': url, 'synchronous': 'false'})}"
+    path = f"{torchserve.management}/models?{urlencode({'url': url, 'synchronous': 'false'} | more)}"
     return urllib3.request("POST", path, headers={"Authorization": f"Bearer {key}"}, retries=False)
 
 
@@ -56,6 +56,18 @@ def test_nothing_is_loaded_from_outside_the_store(torchserve, server, home, tmp_
     shutil.unpack_archive(tmp_path / "repository.mar", tmp_path / "unpacked", "zip")
     before = server.models()
     assert register_raw(torchserve, url.format(elsewhere=tmp_path.as_posix())).status >= 400
+    assert server.models() == before
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["abc:/", "abc:\n/", "abc:\\", "abc:x/", "file:/", "http:/x/", "jar:file://{elsewhere}/repository.mar!/", "/", "."],
+)
+def test_the_store_itself_is_no_model(torchserve, server, home, tmp_path, url: str) -> None:
+    shutil.copy(home / "model_store" / "repository.mar", tmp_path)
+    before = server.models()
+    more = {"model_name": "foreign", "handler": "subprocess:run"}
+    assert register_raw(torchserve, url.format(elsewhere=tmp_path.as_posix()), **more).status >= 400
     assert server.models() == before
 
 
@@ -88,6 +100,12 @@ def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match="bytes too long: set TMPDIR"):
         TorchServe(tmp_path / "store", tmp_path / "run", Ports.free()).start()
     assert not list(deep.iterdir())
+
+
+def test_no_temporary_folder_is_said_in_a_sentence(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(RuntimeError, match=r"no temporary folder can be made: .*absent.*TMPDIR"):
+        TorchServe(tmp_path / "store", tmp_path / "run", Ports.free()).start()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path) -> None:

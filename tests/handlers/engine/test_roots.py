@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -6,6 +7,7 @@ from hypothesis import strategies as st
 
 from handlers.engine.roots import Roots, confined, find
 from luna_protocol.errors import LunaError, Malformed, NotFound
+from serving.torchserve import TorchServe
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "C:\\x", "..\\x", "a\0b", "\\\\host\\x"])
@@ -57,3 +59,9 @@ def test_home_and_relative_folders_mean_the_same_to_every_process(tmp_path, monk
     assert roots.loras == (tmp_path / "loras", tmp_path / "me" / "more")
     assert roots.run == tmp_path / "run"
     assert roots.spool == tmp_path / "me" / "luna" / "spool"
+    # TorchServe and its workers run in other folders.
+    environment = TorchServe(tmp_path / "store", tmp_path / "run")._environment("scratch")
+    monkeypatch.chdir("/")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Roots.from_environment(tmp_path / "ignored") == replace(roots, model_store=tmp_path / "store")
