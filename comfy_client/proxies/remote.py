@@ -90,7 +90,7 @@ class Remote:
         if not (unmatched or skipped) or lora in self._told:
             return
         self._told.add(lora)
-        if not report["matched"]:
+        if report["name"] and not report["matched"]:  # what has no name is a part of what ComfyUI's loader took
             warn(f"LoRA {lora} changes nothing in {self.model.name}: is it for another family?")
         if skipped:
             layers = "; ".join(report["skipped_layers"][:5])

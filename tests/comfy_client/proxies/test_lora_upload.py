@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from comfy_client.proxies import lora_upload
-from comfy_client.proxies.lora_upload import CapturedLora, lora_file
+from comfy_client.proxies.lora_upload import CapturedLora, add_captured, lora_file
 from comfy_client.proxies.refusals import NotRemote
 from luna_protocol.blob import set_hash
 
@@ -78,3 +78,31 @@ def test_a_large_lora_comes_in_parts_that_are_whole_layers(monkeypatch):
     parts = CapturedLora(layers).parts
     assert [len(tensors) for tensors in parts.values()] == [2, 2, 2, 2, 1]
     assert [content == set_hash(tensors) for content, tensors in parts.items()] == [True] * 5
+
+
+def stack_of(*added):
+    """The stack that adding (keys, strength) one after the other makes, as [(keys, strength)]."""
+    stack = []
+    for keys, strength in added:
+        if keys is None:
+            stack.append((strength, "a LoRA on the server", 1.0, None, None))
+        else:
+            add_captured(stack, CapturedLora({key: (UP,) for key in keys}), strength, 1.0)
+    captured = [(lora, strength) for strength, lora, *_ in stack if isinstance(lora, CapturedLora)]
+    return [(sorted(lora._patches), strength) for lora, strength in captured]
+
+
+def test_layers_added_one_by_one_are_a_lora_for_each_strength():
+    stack = stack_of(*(([f"layer_{index}"], index % 12 / 10) for index in range(700)))
+    assert [strength for _, strength in stack] == [index / 10 for index in range(12)]
+    assert sum(len(keys) for keys, _ in stack) == 700
+
+
+def test_layers_never_change_places_with_what_patches_the_same_weight():
+    twice = (["a", "b"], 1.0), (["b", "c"], 1.0)
+    assert stack_of(*twice) == list(twice)
+    behind = (["a"], 1.0), (["b"], 0.5), (["b"], 1.0), (["c"], 1.0), (["c"], 0.5)
+    assert stack_of(*behind) == [(["a"], 1.0), (["b"], 0.5), (["b", "c"], 1.0), (["c"], 0.5)]
+    assert stack_of((["a"], 1.0), (None, 1.0), (["b"], 1.0)) == [(["a"], 1.0), (["b"], 1.0)]
+    slices = ([("a", (0, 0, 4))], 1.0), ([("a", (0, 4, 4))], 1.0)
+    assert stack_of(*slices) == list(slices)
