@@ -11,7 +11,7 @@ import torch
 
 from comfy_client.server import Server
 from handlers.engine.checkpoints import weights_size
-from luna_protocol.errors import Full, LunaError, OutOfMemory
+from luna_protocol.errors import Full, LunaError, NotFound, OutOfMemory
 from luna_protocol.messages import UNetForward, Worker
 from serving import keeper as keeper_module
 from serving.archives import pack_checkpoint, pack_repository
@@ -102,6 +102,34 @@ def test_a_model_that_cannot_be_unloaded_does_not_stop_the_others(monkeypatch):
         "c.unet": [worker(60, 900, gpu=1)],
     }
     assert made_room(monkeypatch, Unloading("a.unet"), workers) == ["c.unet"]
+
+
+class Registry:
+    """A server of two models and of one whose name no address can have; notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def models(self) -> list[str]:
+        return ["a.unet", "../../x", "b.unet"]
+
+    def describe_versions(self, model: str) -> list[dict]:
+        self.asked.append(model)
+        if model == "../../x":
+            raise NotFound("no such address")
+        versions = ["1.0", "2.0"] if model == "b.unet" else ["1.0"]
+        return [{"modelVersion": version, "minWorkers": 3} for version in versions]
+
+    def describe(self, model: str) -> dict:
+        self.asked.append(model)
+        return {"modelVersion": "2.0"}
+
+
+def test_each_model_is_asked_for_once_and_one_that_cannot_be_does_not_hide_the_others():
+    server = Registry()
+    registered = Keeper(server, Path())._registered()
+    assert registered == Registered({"a.unet": 3, "b.unet": 3, "b.unet/2.0": 3}, {"b.unet": "2.0"})
+    assert server.asked == ["a.unet", "../../x", "b.unet", "b.unet"]
 
 
 def test_an_unreadable_memory_of_what_was_loaded_loads_everything(tmp_path):

@@ -4,7 +4,27 @@ import pytest
 from rich.console import Console
 
 from comfy_client.server import Server
+from luna_protocol.messages import Worker
 from serving import loading
+
+
+class Loaded:
+    """A server whose models are ready as TorchServe sees it; workers of b.unet tell everybody that theirs failed."""
+
+    def load(self, _model: str) -> None: ...
+
+    def wait_ready(self, models, progress) -> None:
+        progress(models[0], 1, 1)
+
+    def workers(self, model: str) -> list[Worker]:
+        return [Worker(pid=1, state="failed" if model == "b.unet" else "ready", device="cpu")]
+
+
+def test_a_model_that_failed_is_not_called_ready() -> None:
+    told = io.StringIO()
+    loading.load(Loaded(), ["a.unet", "b.unet"], Console(file=told, width=200))
+    states = {line.split()[0]: line for line in told.getvalue().splitlines() if ".unet" in line}
+    assert "1 of 1 workers ready" in states["a.unet"] and "failed" in states["b.unet"]
 
 
 @pytest.mark.slow
