@@ -15,9 +15,14 @@ from server import PromptServer
 from comfy_client import settings
 from comfy_client.account import Accountant
 from luna_protocol.errors import LunaError, Malformed
-from luna_protocol.save_job import CancelJobs, RetryJobs
+from luna_protocol.messages import Request, validate
+from luna_protocol.save_job import CancelJobs, PurgeJobs, RetryJobs
 
-_JOB_ACTIONS = {"cancel": CancelJobs, "retry": RetryJobs}
+_JOB_ACTIONS: dict[str, tuple[type[Request], dict[str, Any]]] = {
+    "cancel": (CancelJobs, {}),
+    "retry": (RetryJobs, {}),
+    "purge": (PurgeJobs, {"states": ["dead"]}),
+}
 _accountant = Accountant()
 
 
@@ -74,7 +79,9 @@ def _change(model: str, action: str, fields: dict[str, Any]) -> dict[str, Any]:
 def _change_job(job: str, action: str) -> dict[str, Any]:
     if action not in _JOB_ACTIONS:
         raise Malformed(f"there is no action {action!r}", f"{' and '.join(_JOB_ACTIONS)} are")
-    return settings.server().ask(_JOB_ACTIONS[action](job_ids=[job]))
+    kind, fields = _JOB_ACTIONS[action]
+    # Of all dead ones, no job being called so.
+    return settings.server().ask(validate(kind, fields | {"job_ids": [] if job == "dead" else [job]}))
 
 
 async def _answer(work: Callable[[], dict[str, Any]]) -> web.Response:

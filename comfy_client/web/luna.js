@@ -50,11 +50,12 @@ class Panel {
     this.models = element("div");
     this.notLoaded = element("div");
     this.queue = element("b");
+    this.dead = element("div", { className: "luna-name" });
     this.jobs = element("div", { className: "luna-jobs" });
     this.counters = element("table", { className: "luna-counters" });
     this.message = element("div", { className: "luna-message" });
     this.busy = new Set();
-    root.replaceChildren(element("div", { className: "luna-panel" }, this.state, this.message, this.models, this.queue, this.jobs, this.counters, this.notLoaded));
+    root.replaceChildren(element("div", { className: "luna-panel" }, this.state, this.message, this.models, this.queue, this.dead, this.jobs, this.counters, this.notLoaded));
     this.root = root;
     this.tick();
   }
@@ -74,6 +75,7 @@ class Panel {
       this.models.replaceChildren();
       this.notLoaded.replaceChildren();
       this.queue.textContent = "";
+      this.dead.replaceChildren();
       this.jobs.replaceChildren();
       this.counters.replaceChildren();
     }
@@ -86,6 +88,7 @@ class Panel {
     this.models.replaceChildren(...cards(status.models.filter((model) => model.workers.length)));
     this.notLoaded.replaceChildren(...cards(status.models.filter((model) => !model.workers.length)));
     this.queue.textContent = status.queue ? this.queueLine(status.queue) : "";
+    this.dead.replaceChildren(...(status.queue?.counts.dead ? this.deadLine(status.queue.counts.dead) : []));
     // The same element each time, as a new one would begin at its top again.
     this.jobs.replaceChildren(...(status.queue?.jobs ?? []).map((job) => this.job(job)));
     this.counters.replaceChildren(
@@ -114,13 +117,20 @@ class Panel {
     return `decode queue: ${counts.join(", ") || "empty"}, ${queue.throughput.toFixed(1)} jobs/min${wait}`;
   }
 
+  // A button for one job, or for all that are dead.
+  jobButton(job, action, title) {
+    const press = () => ask(`/luna/jobs/${job}/${action}`, { method: "POST" }).catch((error) => (this.message.textContent = error.message)).then(() => this.refresh());
+    return element("button", { textContent: action, title, onclick: press });
+  }
+
+  deadLine(count) {
+    const button = (action, title) => this.jobButton("dead", action, title);
+    return [element("span", { textContent: `all ${count} dead:` }), button("retry", "retry all dead jobs"), button("purge", "forget all dead jobs, and their latents")];
+  }
+
   job(job) {
-    const act = (action) =>
-      element("button", {
-        textContent: action,
-        onclick: () => ask(`/luna/jobs/${job.job_id}/${action}`, { method: "POST" }).catch((error) => (this.message.textContent = error.message)).then(() => this.refresh()),
-      });
-    const buttons = { queued: [act("cancel")], running: [act("cancel")], dead: [act("retry")] }[job.state] ?? [];
+    const act = (action) => this.jobButton(job.job_id, action, `${action} ${job.job_id}`);
+    const buttons = { queued: [act("cancel")], running: [act("cancel")], dead: [act("retry"), act("purge")] }[job.state] ?? [];
     const pictures = job.files.filter((file) => file.thumbnail).map((file) => picture(file.thumbnail, file.path));
     const path = job.files[0]?.path ?? "";
     const name = shortened("span", `${job.state} ${path.split("/").pop()}`, { title: path });

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from comfy_client.saving import Batch, job_of
+from handlers.engine.saving.decode_queue import DecodeQueue
+from luna_protocol.save_job import CancelJobs, QueueStatus
 from serving.torchserve import TorchServe
 from tests.comfyui.browser import Browser, browser
 from tests.comfyui.comfyui import ComfyUI, Graph, RunFailed
 from tests.comfyui.workflows import empty, encode, remote, sample
 from tests.conftest import connect
+from tests.handlers.engine.saving.save_jobs import a_job
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +103,34 @@ def test_jobs_and_long_names_leave_room_for_the_rest(page: Browser, torchserve: 
     page.script("document.querySelector('.luna-jobs').scrollTop = 100")
     time.sleep(3)  # the panel has drawn its jobs anew
     assert page.script(_LAYOUT)["top"] == 100
+
+
+def test_dead_jobs_are_retried_and_purged_one_by_one_and_all_together(page: Browser, torchserve: TorchServe) -> None:
+    home = torchserve.store.parent
+    queue = DecodeQueue(home / "spool", home / "output")
+    jobs = [a_job() for _ in range(4)]
+    for job in jobs:
+        queue.submit(job, {"latent0": torch.zeros(1, 4, 4, 4)}, model="not loaded")
+        queue.store.fail(queue.store.claim("me", "not loaded"), "the picture is NaN", forever=True)
+
+    def states() -> list[str]:
+        known = {job.job_id: job.state for job in queue.report(QueueStatus(limit=1000)).jobs}
+        return [known.get(job.job_id, "forgotten") for job in jobs]
+
+    def press(title: str) -> None:
+        page.until(lambda: page.find(f'button[title="{title}"]'), title)
+        page.script(f"document.querySelector('button[title=\"{title}\"]').click()")
+
+    press(f"retry {jobs[0].job_id}")
+    press(f"purge {jobs[1].job_id}")
+    page.until(lambda: states() == ["queued", "forgotten", "dead", "dead"], "one retried, one purged")
+    press("retry all dead jobs")
+    page.until(lambda: states() == ["queued", "forgotten", "queued", "queued"], "all retried")
+    queue.store.fail(queue.store.claim("me", "not loaded"), "again", forever=True)
+    press("forget all dead jobs, and their latents")
+    page.until(lambda: states().count("forgotten") == 2, "the dead one purged")
+    queue.cancel(CancelJobs(job_ids=[job.job_id for job in jobs]))
+    queue.close()
 
 
 def test_no_token_reaches_the_browser(page: Browser, torchserve: TorchServe) -> None:
