@@ -70,8 +70,8 @@ class UNetSettings(PatchedSettings):
 class QueueSettings(HandlerSettings):
     """Settings of roles that open the decode queue.
 
-    It holds at most queue_jobs jobs and queue_mb of their tensors, gives one up after queue_attempts failures, and lies
-    in the spool folder unless queue_database is another SQLAlchemy URL.
+    At most queue_jobs jobs and queue_mb of their tensors wait in it, and as many that are dead; a job is dead after
+    queue_attempts failures of its own. It lies in the spool folder unless queue_database is another SQLAlchemy URL.
     """
 
     queue_jobs: int = Field(default=1000, ge=1)

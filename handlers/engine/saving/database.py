@@ -13,7 +13,7 @@ def open_database(url: str, schema: MetaData) -> Engine:
     SQLite file that is new, and so what SQLite writes beside it, is its user's alone."""
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
-        if engine.url.database:
+        if engine.url.database and not engine.url.database.startswith((":memory:", "file:")):
             # Never opened and closed where it is there: that would end the locks which this process holds on it.
             with suppress(FileExistsError):
                 Path(engine.url.database).touch(0o600, exist_ok=False)

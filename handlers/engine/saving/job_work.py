@@ -64,6 +64,7 @@ class JobWork:
         self._decode = decode
         self._encoders = encoders
         self._records, self._watcher, self._observe = records, watcher, observe
+        self._disk_failed = False
 
     def decode(self, claim: Claim) -> Decoded:
         """The pictures of a job.
@@ -71,8 +72,16 @@ class JobWork:
         Raises:
             LostClaim: the job was cancelled.
             Impossible: the VAE gave nothing but NaN.
+            OSError: the last job could not be written, and no more can this one.
         """
         job, tensors = self._load(claim)
+        if self._disk_failed:
+            # Or a thousand jobs that wait for their disk would keep the device busy with decodes that come to nothing.
+            try:
+                for folder in {PurePosixPath(file.path).parent for file in self._store.files(claim.number)}:
+                    self._write(claim, -1, folder / "x", b"x")
+            finally:
+                self.remove_parts(claim.number, claim.job_id, claim.claim)
         begun = time.monotonic()
         pictures = []
         for group in job.groups:
@@ -112,7 +121,9 @@ class JobWork:
         wait(tasks)
         try:
             self._store.stage(claim, [task.result() for task in tasks])
-        except BaseException:
+            self._disk_failed = False
+        except BaseException as error:
+            self._disk_failed = isinstance(error, OSError)
             self.remove_parts(claim.number, claim.job_id, claim.claim)
             raise
         seconds = time.monotonic() - begun

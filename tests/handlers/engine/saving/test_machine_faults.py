@@ -20,6 +20,8 @@ from tests.handlers.engine.saving.save_jobs import a_job, check_complete, decode
 from tests.handlers.engine.saving.small_disk import small_disk
 
 ATTEMPTS = 2
+# Of many jobs: pauses in which each of them has its turn, too.
+IN_TURN = Limits(attempts=ATTEMPTS, backoff=0.2, backoff_cap=1.0)
 FAST = Limits(attempts=ATTEMPTS, backoff=0.02, backoff_cap=0.05)
 
 
@@ -42,8 +44,8 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_worker, "_POLL", 0.01)
     running = []
 
-    def run(decode=decode, output=tmp_path / "output") -> DecodeQueue:
-        queue = DecodeQueue(tmp_path / "spool", output, FAST)
+    def run(decode=decode, output=tmp_path / "output", limits=FAST) -> DecodeQueue:
+        queue = DecodeQueue(tmp_path / "spool", output, limits)
         records = PictureRecords(f"sqlite:///{tmp_path / 'pictures.sqlite3'}")
         worker = DecodeWorker(queue, decode, records=records)
         worker.start()
@@ -62,6 +64,13 @@ def until_failed(failing: Failing, times: int) -> None:
     while failing.failures < times:
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def until_all_wait_for(queue: DecodeQueue, jobs, reason: str) -> None:
+    until = time.monotonic() + 30
+    while not all(reason in status_of(queue, job).reason for job in jobs):
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def status_of(queue, job):
@@ -117,15 +126,12 @@ def test_an_output_folder_that_turned_read_only_costs_no_job(run, tmp_path):
     with small_disk(tmp_path / "output", megabytes=4) as output:
         remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", output], check=True)  # noqa: E731
         remount("ro")
-        queue = run(output=output)
+        queue = run(output=output, limits=IN_TURN)
         jobs = [a_job("png", filename="a folder/x") for _ in range(5)]
         for job in jobs:
             queue.submit(job, latents(job))
-        until = time.monotonic() + 30
-        while not all("Read-only" in status_of(queue, job).reason for job in jobs):
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        time.sleep(0.3)
+        until_all_wait_for(queue, jobs, "Read-only")
+        time.sleep(0.5)
         assert queue.report(QueueStatus()).counts["dead"] == 0
         remount("rw")
         for job in jobs:
@@ -142,6 +148,22 @@ def test_the_pauses_of_a_waiting_job_grow(run):
     time.sleep(0.1)
     status = status_of(queue, job)
     assert status.state == "queued" and 0 < status.retry_in <= 0.02 * 2**failing.failures
+
+
+def test_a_device_is_not_kept_busy_with_pictures_that_no_disk_takes(run, tmp_path, monkeypatch):
+    failing, decodes = Failing(job_work.write_part, OSError(errno.EROFS, "Read-only file system")), []
+    monkeypatch.setattr(job_work, "write_part", failing)
+    queue = run(lambda latent: decodes.append(1) or decode(latent), limits=IN_TURN)
+    jobs = [a_job() for _ in range(8)]
+    for job in jobs:
+        queue.submit(job, latents(job))
+    until_all_wait_for(queue, jobs, "Read-only")
+    time.sleep(0.5)
+    assert len(decodes) <= 4, "those begun before the first failure was known"
+    failing.error = None
+    for job in jobs:
+        check_complete(tmp_path / "output", wait_for(queue, job))
+    assert files_under(tmp_path / "output") == {file.path for job in jobs for file in status_of(queue, job).files}
 
 
 @pytest.mark.parametrize(
