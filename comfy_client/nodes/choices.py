@@ -4,6 +4,7 @@ ComfyUI asks for the lists in the thread that serves its pages, which must never
 to run again, it asks in the thread that runs workflows, of one node after the other.
 """
 
+import time
 from collections.abc import Iterable
 
 from comfy_client import loras as lora_files
@@ -31,15 +32,19 @@ def refresh() -> None:
 
 
 def identity(chosen: dict[str, str]) -> str:
-    """Changes when one of {role: file} is another file than before, was unloaded, or the server came or went."""
-    index = _LOOK.now(settings.server())
+    """Changes when one of {role: file} is another file than before or another server's, when the server came or went,
+    and always while one is not loaded: the node that runs has it loaded."""
+    server = settings.server()
+    index = _LOOK.now(server)
     if isinstance(index, LunaError):
         return str(index)
     try:
         models = [find(index, role, file) for role, file in chosen.items()]
     except LunaError as error:
         return str(error)
-    return " ".join(f"{model.name} {model.fingerprint} {bool(model.workers)}" for model in models)
+    if not all(model.workers for model in models):
+        return f"not loaded at {time.time_ns()}"  # never the same: it may have been loaded and gone in between
+    return " ".join((server.inference, *(f"{model.name} {model.fingerprint}" for model in models)))
 
 
 def lora_identity(names: Iterable[str] | None) -> str:

@@ -133,7 +133,7 @@ class ComfyUI:
     def wait_for_step(self) -> None:
         """Until the sampler has made a step, which its progress bar writes to the log."""
         made = self._steps()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # its models may have to be loaded first
         while time.monotonic() < deadline:
             if self._steps() > made:
                 return

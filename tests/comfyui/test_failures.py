@@ -131,9 +131,9 @@ def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, t
         killed = time.monotonic()
         with pytest.raises(RunFailed, match=rf"no server at {running.inference}.*start it with scripts/serve.py"):
             stray.wait(prompt)
-        assert time.monotonic() - killed < 5
+        assert time.monotonic() - killed < 15  # not after a minute of patience
         running.stop()
-        running = start()
+        running = start()  # with its models to be loaded again
         assert stray.run(g).latents["latent"].isfinite().all()
     finally:
         running.stop()
