@@ -22,6 +22,11 @@ function megabytes(bytes) {
   return `${(bytes / 1e6).toLocaleString(undefined, { maximumFractionDigits: 0 })} MB`;
 }
 
+// "" while a step is longer than the time that is counted: it is no standstill.
+function rate(requestsPerSecond) {
+  return requestsPerSecond ? `, ${requestsPerSecond.toFixed(1)} requests/s` : "";
+}
+
 function picture(thumbnail, title) {
   return element("img", { src: `data:image/jpeg;base64,${thumbnail}`, title });
 }
@@ -82,7 +87,7 @@ class Panel {
   }
 
   show(status) {
-    this.state.textContent = `up: ${status.address}, ${status.busy_workers} busy, ${status.requests_per_second.toFixed(1)} requests/s`;
+    this.state.textContent = `up: ${status.address}, ${status.busy_workers} busy${rate(status.requests_per_second)}`;
     this.state.className = "luna-state luna-up";
     const cards = (models) => models.map((model) => this.card(model));
     this.models.replaceChildren(...cards(status.models.filter((model) => model.workers.length)));
@@ -100,7 +105,7 @@ class Panel {
 
   card(model) {
     const workers = model.workers.map((worker) => {
-      const load = worker.busy ? `busy, ${worker.requests_per_second.toFixed(1)}/s` : "idle";
+      const load = worker.busy ? `busy${rate(worker.requests_per_second)}` : "idle";
       const where = `${worker.device} ${worker.dtype ?? ""}, ${megabytes(worker.weights_bytes)}, ${worker.requests} requests, ${load}`;
       const told = worker.state === "ready" ? where : `${worker.state}: ${worker.reason}`;
       return element("div", { textContent: told, className: worker.busy ? "luna-up" : "" });
