@@ -26,7 +26,7 @@ class ClipHandler(PatchedHandler):
         part = detect(read_header(path)).parts["clip"]
         self.encoders = {
             name: TextEncoder.load(path, part, name, self.dtype, self.device)
-            for name in sorted(part.prefixes, reverse=True)
+            for name in sorted(part.names, reverse=True)
         }
         models = {name: encoder.model for name, encoder in self.encoders.items()}
         names = {name: [own for own, _ in model.named_parameters()] for name, model in models.items()}

@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from handlers.engine.checkpoints import detect, part_shapes, read_header
+from handlers.engine.checkpoints import detect, marker_names, part_shapes, read_header
 from handlers.engine.roots import Roots, find, names_below
-from handlers.engine.weights import read_scalars
+from handlers.engine.weights import read_markers
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
 from handlers.role_handler import Item, Reply, RoleHandler
 from handlers.settings import HandlerSettings
@@ -31,8 +31,6 @@ from luna_protocol.messages import (
     Worker,
 )
 from luna_protocol.model_names import archive_name, with_version, without_first
-
-_MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
 class RepositoryHandler(RoleHandler):
@@ -86,8 +84,8 @@ class RepositoryHandler(RoleHandler):
         part = detect(header).parts[settings.role]
         return ModelDescription(
             model=_served(request.model, settings, self.settings.roots.run, workers),
-            shapes={component: part_shapes(header, part, component) for component in part.prefixes},
-            markers=read_scalars(path, [name for name in _MARKERS if name in header]),
+            shapes={component: part_shapes(header, part, component) for component in part.names},
+            markers=read_markers(path, marker_names(header)),
         )
 
 

@@ -19,13 +19,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from handlers.engine import tokenizer
-from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.checkpoints import detect, marker_names, read_header
 from handlers.engine.step_cache import StepCache, rows_of
 from handlers.engine.step_policies import Policy
 from handlers.engine.text_encoder import TextEncoder
 from handlers.engine.unet import UNet
 from handlers.engine.vae import VAE
-from handlers.engine.weights import read_scalars
 from luna_protocol.errors import Impossible
 
 LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025}  # UNet space = LATENT times this
@@ -78,11 +77,10 @@ class Painter:
         self.unet = UNet.load(checkpoint, parts["unet"], dtype, device)
         self.encoders = {
             name: TextEncoder.load(checkpoint, parts["clip"], name, torch.float32, device)
-            for name in sorted(parts["clip"].prefixes, reverse=True)
+            for name in sorted(parts["clip"].names, reverse=True)
         }
         self.vae = VAE.load(checkpoint, parts["vae"], torch.float32, device)
-        marked = read_scalars(checkpoint, [name for name in ("v_pred",) if name in header])
-        self.prediction = "v_prediction" if marked else "epsilon"
+        self.prediction = "v_prediction" if "v_pred" in marker_names(header) else "epsilon"
 
     @torch.inference_mode()
     def paint(

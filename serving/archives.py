@@ -1,6 +1,7 @@
 """The archives of the model store: our code and a model-config.yaml each, never weights."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,12 +19,15 @@ import yaml
 from pydantic import ValidationError
 
 from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.layouts import some_of
 from handlers.engine.roots import Roots
 from handlers.settings import settings_of
 from luna_protocol.errors import Impossible, Internal, LunaError, Malformed
 from luna_protocol.model_names import FIRST_VERSION, archive_name, checkpoint_of, with_version, without_first
 from serving.names import hashed_name, model_name
 from serving.specs import FOLDER, load_spec
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 _HANDLERS = {
@@ -82,12 +86,18 @@ def pack_checkpoint(
         version: beside which others of the same name may be served; a number such as "2.0".
 
     Raises:
-        LunaError: the file cannot be served; see `read_header` and `detect`. Impossible: another file of the same name
-            is served, and a ComfyUI could not tell the two apart.
+        LunaError: the file cannot be served; see `read_header`, `detect` and `try_parts`. Impossible: another file of
+            the same name is served, and a ComfyUI could not tell the two apart.
         SpecError: a spec cannot be used.
     """
+    from handlers.engine.trial import try_parts  # with torch and diffusers, which take seconds
+
     file = Path(os.path.abspath(file))
-    detected = detect(read_header(file))
+    header = read_header(file)
+    detected = detect(header)
+    try_parts(file, header, detected)
+    if unused := detected.unused(header):
+        log.warning("%s: not used are %s", file.name, some_of(unused))
     root, file = _root_of(file, Roots.from_environment(home).checkpoints)
     shown = file.relative_to(root).as_posix()
     try:

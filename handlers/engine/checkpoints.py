@@ -1,39 +1,31 @@
 """Single-file checkpoints: which family and parts a safetensors file holds, from its header alone.
 
-The one place for a further family is `_family` and the part tables below it.
+The one place for a further family is `_family` and the tables of `layouts.py`.
 """
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from handlers.engine.layouts import Names, encoder_names, markers, unet_names, vae_names
 from handlers.engine.unet_layout import Shapes, UNetLayout
 from luna_protocol.errors import Impossible, Malformed, NotFound
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
-
-_UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-_VAE_PREFIXES = ("first_stage_model.", "")
-# {encoder: prefixes under which files keep it}; the tail shows that it is there. OpenCLIP-G has two spellings.
-_CLIP_L = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "")
-_CLIP_G_OPEN = "conditioner.embedders.1.model."
-_CLIP_L_WIDTHS_END = 1280
-_TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+_SD2_CONTEXT = 1024  # also of its unCLIP models, which have vector conditioning as SDXL has
 
 
 @dataclass(frozen=True)
 class Part:
-    """One servable part of a file: its tensors are those whose key starts with one of `prefixes`."""
+    """One servable part of a file.
+
+    names: {component ("unet", "vae", "clip_l", "clip_g"): {name in the file: name in the original layout}}.
+    """
 
     role: str
-    prefixes: dict[str, str]
-
-    def keys(self, header: Shapes, component: str) -> Iterator[tuple[str, str]]:
-        """(key in the file, key without prefix) of one component ("unet", "vae", "clip_l", "clip_g")."""
-        prefix = self.prefixes[component]
-        return ((key, key[len(prefix) :]) for key in header if key.startswith(prefix))
+    names: dict[str, Names]
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,12 @@ class Detected:
 
     family: str | None
     parts: dict[str, Part]
+
+    def unused(self, header: Shapes) -> list[str]:
+        """The names of tensors that belong to no part; not of markers, nor of what nearly every file has."""
+        used = {key for part in self.parts.values() for names in part.names.values() for key in names}
+        used |= set(marker_names(header).values())
+        return sorted(key for key in header.keys() - used if not key.endswith(("position_ids", "logit_scale")))
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -64,6 +62,8 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
                 raise Malformed(
                     f"{path.name} is a pickle checkpoint, which can run code when read", "convert it to .safetensors"
                 )
+            if start[:4] == b"GGUF":
+                raise Malformed(f"{path.name} is a GGUF file", "serve the model's .safetensors file")
             raise Malformed(f"{path.name} is not a safetensors file, or its header is cut off", "download it again")
         file.seek(8)
         try:
@@ -84,21 +84,27 @@ def detect(header: Shapes) -> Detected:
     """Family and parts of a file with these tensors.
 
     Raises:
-        Malformed: nothing in it can be served; the message says what was looked for.
+        Malformed, Impossible: nothing in it can be served, or not as ComfyUI would; the message says why.
     """
-    parts = {part.role: part for part in (_unet(header), _clip(header), _vae(header)) if part}
+    found = {"unet": {"unet": unet_names(header)}, "clip": encoder_names(header), "vae": {"vae": vae_names(header)}}
+    parts = {role: Part(role, names) for role, names in found.items() if names and all(names.values())}
     if not parts:
         some = ", ".join(sorted(header)[:3])
         raise Malformed(
             f"found neither UNet, text encoder nor VAE among {len(header)} tensors ({some} ...)",
-            "SD1.5 and SDXL files in the original (LDM, ComfyUI) layout can be served",
+            "SD1.5 and SDXL files in the original (LDM, ComfyUI) or diffusers' layout can be served",
         )
     return Detected(_family(header, parts), parts)
 
 
 def part_shapes(header: Shapes, part: Part, component: str) -> dict[str, tuple[int, ...]]:
-    """{key without prefix: shape} of one component."""
-    return {short: header[key] for key, short in part.keys(header, component)}
+    """{name in the original layout: shape} of one component."""
+    return {name: header[key] for key, name in part.names[component].items()}
+
+
+def marker_names(header: Shapes) -> dict[str, str]:
+    """{marker: its name in the file} of the tensors by which ComfyUI tells how a UNet was trained."""
+    return markers(header, _MARKERS)
 
 
 def weights_size(path: Path, role: str, itemsize: int) -> int:
@@ -111,36 +117,7 @@ def weights_size(path: Path, role: str, itemsize: int) -> int:
     part = detect(header).parts.get(role)
     if part is None:
         raise Malformed(f"{Path(path).name} has no {role}", "pack it again with scripts/add_checkpoint.py")
-    keys = (key for component in part.prefixes for key, _ in part.keys(header, component))
-    return sum(math.prod(header[key]) for key in keys) * itemsize
-
-
-def _prefix(header: Shapes, prefixes: tuple[str, ...], tail: str) -> str | None:
-    return next((prefix for prefix in prefixes if prefix + tail in header), None)
-
-
-def _unet(header: Shapes) -> Part | None:
-    prefix = _prefix(header, _UNET_PREFIXES, "input_blocks.0.0.weight")
-    return None if prefix is None else Part("unet", {"unet": prefix})
-
-
-def _vae(header: Shapes) -> Part | None:
-    for tail in ("decoder.conv_in.weight", "taesd_decoder.1.weight"):
-        prefix = _prefix(header, _VAE_PREFIXES, tail)
-        if prefix is not None:
-            return Part("vae", {"vae": prefix})
-    return None
-
-
-def _clip(header: Shapes) -> Part | None:
-    encoders = {}
-    prefix = _prefix(header, _CLIP_L, _TOKEN_TABLE)
-    if prefix is not None:
-        narrow = header[prefix + _TOKEN_TABLE][1] < _CLIP_L_WIDTHS_END
-        encoders["clip_l" if narrow else "clip_g"] = prefix
-    if _CLIP_G_OPEN + "token_embedding.weight" in header:
-        encoders["clip_g"] = _CLIP_G_OPEN
-    return Part("clip", encoders) if encoders else None
+    return sum(math.prod(header[key]) for names in part.names.values() for key in names) * itemsize
 
 
 def _family(header: Shapes, parts: dict[str, Part]) -> str | None:
@@ -148,7 +125,7 @@ def _family(header: Shapes, parts: dict[str, Part]) -> str | None:
         layout = UNetLayout.from_shapes(part_shapes(header, parts["unet"], "unet"))
         families = {(False, False): "sd15", (True, True): "sdxl"}
         family = families.get((layout.use_linear, layout.adm_channels is not None))
-        if family is None:
+        if family is None or layout.context_dim == _SD2_CONTEXT:
             raise Impossible(
                 f"a UNet with context width {layout.context_dim}, {'linear' if layout.use_linear else 'convolutional'} "
                 f"projections and {'a' if layout.adm_channels else 'no'} vector conditioning is of no known family",
@@ -156,5 +133,5 @@ def _family(header: Shapes, parts: dict[str, Part]) -> str | None:
             )
         return family
     if "clip" in parts:
-        return "sdxl" if "clip_g" in parts["clip"].prefixes else "sd15"
+        return "sdxl" if "clip_g" in parts["clip"].names else "sd15"
     return None

@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from handlers.engine.checkpoints import Part, part_shapes, read_header
+from handlers.engine.checkpoints import Part
 from handlers.engine.weights import adopt, read_tensors
 from luna_protocol.alignment import aligned
 from luna_protocol.errors import Impossible, Malformed
 
 END_TOKEN = 49407
+_G_ENDS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
 _G_NAMES = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -39,13 +45,18 @@ class TextEncoder:
         Raises:
             Malformed: the file's tensors do not make a CLIP text encoder.
         """
-        open_clip = part.prefixes[encoder].endswith(".model.")
-        shapes = part_shapes(read_header(path), part, encoder)
+        return cls.build(read_tensors(path, part, encoder, dtype, device), encoder)
+
+    @classmethod
+    def build(cls, tensors: dict[str, Tensor], encoder: str) -> "TextEncoder":
+        """Encoder "clip_l" or "clip_g" of {name as by transformers or OpenCLIP: tensor}; raises as `load`."""
+        open_clip = "token_embedding.weight" in tensors
         with torch.device("meta"):
-            model = CLIPTextModel(_config(shapes, encoder, open_clip))
-        tensors = read_tensors(path, part, encoder, dtype, device)
-        tensors, projection = _from_open_clip(tensors) if open_clip else _from_transformers(tensors)
+            model = CLIPTextModel(_config({key: t.shape for key, t in tensors.items()}, encoder, open_clip))
+        projection = _projection(tensors)
+        tensors = _from_open_clip(tensors) if open_clip else _from_transformers(tensors)
         adopt(model, tensors, encoder)
+        device = model.final_layer_norm.weight.device
         # Not in the file and so still on the meta device: it only counts positions.
         model.embeddings.position_ids = torch.arange(model.config.max_position_embeddings, device=device)[None]
         if projection is not None:
@@ -163,25 +174,21 @@ def _config(shapes: dict[str, tuple[int, ...]], encoder: str, open_clip: bool) -
     )
 
 
-def _from_transformers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-    projection = tensors.pop("text_projection.weight", None)
-    ignored = ("text_model.embeddings.position_ids", "logit_scale")
-    return {k.removeprefix("text_model."): v for k, v in tensors.items() if k not in ignored}, projection
+def _projection(tensors: dict[str, Tensor]) -> Tensor | None:
+    """Taken out of `tensors`: [P, D], or without ".weight", as OpenCLIP keeps it, transposed."""
+    transposed = tensors.pop("text_projection", None)
+    return tensors.pop("text_projection.weight", None) if transposed is None else transposed.T.contiguous()
 
 
-def _from_open_clip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """OpenCLIP keeps q, k and v in one tensor and its projection transposed."""
-    projection = tensors.pop("text_projection", None)
-    renamed = {
-        "embeddings.token_embedding.weight": tensors.pop("token_embedding.weight"),
-        "embeddings.position_embedding.weight": tensors.pop("positional_embedding"),
-        "final_layer_norm.weight": tensors.pop("ln_final.weight"),
-        "final_layer_norm.bias": tensors.pop("ln_final.bias"),
-    }
+def _from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+
+
+def _from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP keeps q, k and v in one tensor."""
+    renamed = {}
     for key, tensor in tensors.items():
-        if key == "logit_scale":
-            continue
-        name = key.replace("transformer.resblocks.", "encoder.layers.")
+        name = _G_ENDS.get(key, key).replace("transformer.resblocks.", "encoder.layers.")
         if ".attn.in_proj_" in name:
             prefix, kind = name.split(".attn.in_proj_")
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
@@ -190,4 +197,4 @@ def _from_open_clip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tens
         for theirs, ours in _G_NAMES.items():
             name = name.replace(f".{theirs}.", f".{ours}.")
         renamed[name] = tensor
-    return renamed, None if projection is None else projection.T.contiguous()
+    return renamed

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from handlers.engine.checkpoints import Part, part_shapes, read_header
+from handlers.engine.checkpoints import Part
 from handlers.engine.diffusers_modules import (
     Downsample2D,
     ResnetBlock2D,
@@ -114,13 +114,18 @@ class UNet:
         Raises:
             Malformed: the file's tensors do not make a UNet that is known.
         """
-        shapes = part_shapes(read_header(path), part, "unet")
-        layout = UNetLayout.from_shapes(shapes)
-        names = layout.diffusers_names(shapes)
+        return cls.build(read_tensors(path, part, "unet", dtype, device))
+
+    @classmethod
+    def build(cls, tensors: dict[str, Tensor]) -> "UNet":
+        """A UNet of {name in the original layout: tensor}; raises as `load`."""
+        layout = UNetLayout.from_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        names = layout.diffusers_names(tensors)
         with torch.device("meta"):
             model = UNet2DConditionModel(**layout.diffusers_config())
-        tensors = read_tensors(path, part, "unet", dtype, device)
-        adopt(model, {names[key]: tensor for key, tensor in tensors.items()}, "UNet")
+        adopt(model, {name: tensors[key] for key, name in names.items()}, "UNet")
+        parameters = model.state_dict()
+        names = {key: name for key, name in names.items() if name in parameters}
         if layout.use_linear:
             for name, module in model.named_modules():
                 if name.endswith(".proj_in"):

@@ -4,7 +4,7 @@ Numbers the file's blocks one by one (input_blocks.N, middle_block.N, output_blo
 ControlNet count them; diffusers groups the same blocks by level. This module knows both names of each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from luna_protocol.errors import Malformed
@@ -103,34 +103,21 @@ class UNetLayout:
                 names[f"output_blocks.{index - 1}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
         return names
 
-    def diffusers_names(self, keys: Mapping[str, object]) -> dict[str, str]:
-        """{LDM key: diffusers key} for every one of `keys`.
-
-        Raises:
-            Malformed: for keys that belong to no block of this layout.
-        """
+    def diffusers_names(self, keys: Iterable[str]) -> dict[str, str]:
+        """{LDM key: diffusers key} for those of `keys` that belong to a block of this layout."""
         blocks = {**self.blocks(), **_ENDS}
-        names, strangers = {}, []
-        for key in keys:
-            name = _rename(key, blocks)
-            if name is None:
-                strangers.append(key)
-            else:
-                names[key] = name
-        if strangers:
-            raise Malformed(
-                f"the UNet has {len(strangers)} tensors of an unknown kind: {', '.join(strangers[:3])}",
-                "SD1.5 and SDXL UNets in the original layout can be served",
-            )
-        return names
+        names = {key: _rename(key, blocks) for key in keys}
+        return {key: name for key, name in names.items() if name}
 
     def original_names(self, parameters: Mapping[str, object]) -> dict[str, str]:
-        """{diffusers key: LDM key} for every one of `parameters`: the way back, to write a file."""
+        """{diffusers key: LDM key} for those of `parameters` that belong to a block of this layout: the way back."""
         blocks = {theirs: original for original, theirs in {**self.blocks(), **_ENDS}.items()}
         resnet = {theirs: original for original, theirs in _RESNET_NAMES.items()}
         names = {}
         for name in parameters:
-            prefix = max((block for block in blocks if name.startswith(f"{block}.")), key=len)
+            prefix = max((block for block in blocks if name.startswith(f"{block}.")), key=len, default=None)
+            if prefix is None:
+                continue
             module, _, parameter = name[len(prefix) + 1 :].rpartition(".")
             names[name] = ".".join(filter(None, (blocks[prefix], resnet.get(module, module), parameter)))
         return names
@@ -174,6 +161,29 @@ class UNetLayout:
             "use_linear_projection": self.use_linear,
             **adm,
         }
+
+
+def names_from_diffusers(shapes: Shapes) -> dict[str, str]:
+    """{diffusers key: LDM key} of a UNet file in diffusers' layout, given {diffusers key: shape}."""
+    down, up = (
+        [
+            tuple(
+                _depth(shapes, f"{side}.{level}.attentions.{layer}")
+                for layer in range(_count(shapes, f"{side}.{level}.resnets"))
+            )
+            for level in range(_count(shapes, side))
+        ]
+        for side in ("down_blocks", "up_blocks")
+    )
+    middle = _depth(shapes, "mid_block.attentions.0") or -1 - ("mid_block.resnets.0.conv1.weight" not in shapes)
+    layout = UNetLayout(0, 0, (0,) * len(down), tuple(down), middle, tuple(up), 0, False, None)
+    # SDXL's vector conditioning has a name of its own there.
+    own = {key.replace("add_embedding.", "class_embedding."): key for key in shapes}
+    return {own[name]: original for name, original in layout.original_names(own).items()}
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    return len({key[len(prefix) + 1 :].split(".")[0] for key in shapes if key.startswith(f"{prefix}.")})
 
 
 def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:

@@ -1,12 +1,11 @@
 """The VAE: diffusers' `AutoencoderKL` or `AutoencoderTiny` (TAESD layout), frozen, whole pictures or tile by tile."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from handlers.engine.checkpoints import Part, part_shapes, read_header
+from handlers.engine.checkpoints import Part
 from handlers.engine.diffusers_modules import AutoencoderKL, AutoencoderTiny, convert_ldm_vae_checkpoint
 from handlers.engine.tiles import tiled
 from handlers.engine.weights import adopt, read_tensors
@@ -38,8 +37,12 @@ class VAE:
         Raises:
             Malformed: the file's tensors do not make a VAE that is known.
         """
-        shapes = part_shapes(read_header(path), part, "vae")
-        tensors = read_tensors(path, part, "vae", dtype, device)
+        return cls.build(read_tensors(path, part, "vae", dtype, device))
+
+    @classmethod
+    def build(cls, tensors: dict[str, Tensor]) -> "VAE":
+        """A VAE of {name in the original layout: tensor}; raises as `load`."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if "taesd_decoder.1.weight" in shapes:
             scale, shift = (
                 float(tensors.pop(key, default)) for key, default in (("vae_scale", 1.0), ("vae_shift", 0.0))
@@ -48,7 +51,9 @@ class VAE:
         config = _kl_config(shapes)
         with torch.device("meta"):
             model = AutoencoderKL(**config)
-        return cls(adopt(model, convert_ldm_vae_checkpoint(tensors, config), "VAE"))
+        converted = convert_ldm_vae_checkpoint(tensors, config)
+        # It puts None for a bias that is missing.
+        return cls(adopt(model, {name: tensor for name, tensor in converted.items() if tensor is not None}, "VAE"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,7 +106,7 @@ def _kl_config(shapes: dict[str, tuple[int, ...]]) -> dict:
         levels += 1
     while f"encoder.down.0.block.{layers}.conv1.weight" in shapes:
         layers += 1
-    if levels != 4 or "encoder.conv_out.weight" not in shapes:
+    if levels != 4 or not {"encoder.conv_out.weight", "decoder.conv_out.weight"} <= shapes.keys():
         raise Malformed(
             f"the VAE's encoder has {levels} levels",
             "a complete VAE with 4 levels (8 x 8 pixels a latent) can be served",
@@ -129,16 +134,10 @@ def _tiny(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> Aut
             decoder_block_out_channels=(width,) * 4,
             latent_channels=shapes["taesd_decoder.1.weight"][1],
         )
-    names: dict[str, Callable[[str], str]] = {
-        "taesd_encoder": lambda rest: f"encoder.layers.{rest}",
-        "taesd_decoder": lambda rest: f"decoder.layers.{int(rest.split('.')[0]) - 1}.{rest.partition('.')[2]}",
-    }
     renamed = {}
     for key, tensor in tensors.items():
-        side, _, rest = key.partition(".")
-        if side not in names or not rest:
-            raise Malformed(
-                f"the VAE has an unknown tensor {key}", "TAESD's layout has taesd_encoder.N and taesd_decoder.N"
-            )
-        renamed[names[side](rest)] = tensor
+        side, number, rest = [*key.split(".", 2), "", ""][:3]
+        if number.isdecimal():
+            layer = int(number) - (side == "taesd_decoder")
+            renamed[f"{side.removeprefix('taesd_')}.layers.{layer}.{rest}"] = tensor
     return adopt(model, renamed, "VAE")

@@ -1,14 +1,18 @@
 """The weights of a checkpoint's parts: in which dtype, and how they get from the file into a module."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from handlers.engine.checkpoints import Part, read_header
+from handlers.engine.checkpoints import Part
+from handlers.engine.layouts import some_of
 from luna_protocol.alignment import aligned, is_aligned
 from luna_protocol.errors import Malformed
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MAPPINGS = 64  # of a file, one after the other
@@ -28,7 +32,7 @@ def compute_dtype(role: str, wanted: str, device: torch.device) -> torch.dtype:
 def read_tensors(
     path: Path, part: Part, component: str, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """One component's tensors on `device`, floating ones as `dtype`.
+    """{name in the original layout: tensor} of one component on `device`, floating ones as `dtype`.
 
     The file is mapped, and each tensor goes straight to its place: on the CPU a tensor that is already of `dtype` and
     `aligned` stays in the mapping, shared by every process that serves the file. The others are copied, and for them
@@ -37,7 +41,7 @@ def read_tensors(
     Raises:
         Malformed: the file is corrupt.
     """
-    wanted = dict(part.keys(read_header(path), component))
+    wanted = part.names[component]
     share = Path(path).stat().st_size // _MAPPINGS
     try:
         tensors = _mapped(path, wanted, dtype) if device.type == "cpu" else {}
@@ -55,26 +59,32 @@ def read_tensors(
     return tensors
 
 
-def read_scalars(path: Path, names: Sequence[str]) -> dict[str, float]:
-    """The values of tensors with at most one element; an empty one, which stands for itself, counts as 0."""
+def read_markers(path: Path, names: Mapping[str, str]) -> dict[str, float]:
+    """The values of markers, given {marker: its name in the file}; of those that are no single number, which stand for
+    themselves, 0."""
     with safe_open(path, "pt") as file:
-        return {name: float(file.get_tensor(name).sum()) for name in names}
+        tensors = {marker: file.get_tensor(name) for marker, name in names.items()}
+    return {marker: float(tensor) if tensor.numel() == 1 else 0.0 for marker, tensor in tensors.items()}
 
 
 def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str) -> torch.nn.Module:
-    """Gives a module built on the meta device its weights, without a copy, and freezes it.
+    """Gives a module built on the meta device its weights, without a copy, and freezes it. What it has no place for is
+    left out and named in the log, as by ComfyUI.
 
     Raises:
-        Malformed: naming tensors that the file lacks, or has too many, or in another shape.
+        Malformed: naming tensors that the file lacks, or has in another shape.
     """
     try:
         missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         raise Malformed(f"the {what} does not fit together: {str(error).splitlines()[-1].strip()}") from error
-    if missing or unexpected:
-        told = [f"lacks {', '.join(missing[:3])} ({len(missing)} in all)"] if missing else []
-        told += [f"has unknown tensors {', '.join(unexpected[:3])} ({len(unexpected)} in all)"] if unexpected else []
-        raise Malformed(f"the {what} {' and '.join(told)}", "is the file complete, and of a family that is served?")
+    if missing:
+        raise Malformed(
+            f"the {what} lacks {', '.join(missing[:3])} ({len(missing)} in all)",
+            "is the file complete, and of a family that is served?",
+        )
+    if unexpected:
+        log.warning("the %s has no place for %s", what, some_of(unexpected))
     return module.eval().requires_grad_(False)
 
 

@@ -25,7 +25,7 @@ def test_full_checkpoints(tiny, shape, family, encoders):
     found = detect(read_header(tiny(shape)[0]))
     assert found.family == family
     assert sorted(found.parts) == ["clip", "unet", "vae"]
-    assert sorted(found.parts["clip"].prefixes) == encoders
+    assert sorted(found.parts["clip"].names) == encoders
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
@@ -52,7 +52,7 @@ def test_text_encoder_only(tiny, tmp_path):
     tensors = load_file(tiny("tiny_sd15")[0])
     save_file({k[len(own) :]: v for k, v in tensors.items() if k.startswith(own)}, tmp_path / "t.safetensors")
     found = detect(read_header(tmp_path / "t.safetensors"))
-    assert (found.family, list(found.parts), list(found.parts["clip"].prefixes)) == ("sd15", ["clip"], ["clip_l"])
+    assert (found.family, list(found.parts), list(found.parts["clip"].names)) == ("sd15", ["clip"], ["clip_l"])
 
 
 def test_unknown_family(tiny, tmp_path):
