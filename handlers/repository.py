@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from handlers.engine.checkpoints import detect, marker_names, part_shapes, read_header
+from handlers.engine.checkpoints import detect, part_shapes, read_header
+from handlers.engine.layouts import marker_names
 from handlers.engine.roots import Roots, find, names_below
 from handlers.engine.weights import read_markers
 from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue

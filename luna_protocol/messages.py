@@ -332,9 +332,9 @@ class ReplaceModel(Request):
 class ModelDescription(Message):
     """What a client has to know of weights that it does not hold.
 
-    shapes is {component: {key without prefix: shape}} with the components "unet", "vae", "clip_l", "clip_g". markers
-    are the file's scalar tensors that say how the UNet was trained ("v_pred", "ztsnr", "edm_vpred.sigma_max",
-    "edm_vpred.sigma_min"), 0 where the mere presence counts.
+    shapes is {component: {name in the original layout, without prefix: shape}} with the components "unet", "vae",
+    "clip_l", "clip_g". markers are the file's tensors that say how the UNet was trained ("v_pred", "ztsnr", "edm_mean",
+    "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), 0 where the mere presence counts.
     """
 
     kind: Literal["model_description"] = "model_description"

@@ -40,7 +40,7 @@ def main() -> int:
         "files",
         nargs="+",
         metavar="FILE",
-        help="a .safetensors file in ComfyUI's layout, or a name below the model folders",
+        help="a .safetensors file that ComfyUI reads, or a name below the model folders",
     )
     parser.add_argument("--version", default=FIRST_VERSION, help="to serve beside others of the name (%(default)s)")
     parser.add_argument("--comfyui", type=Path, metavar="DIR", help="look for names in this ComfyUI's folders too")

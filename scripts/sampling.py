@@ -19,7 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from handlers.engine import tokenizer
-from handlers.engine.checkpoints import detect, marker_names, read_header
+from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.layouts import marker_names
 from handlers.engine.step_cache import StepCache, rows_of
 from handlers.engine.step_policies import Policy
 from handlers.engine.text_encoder import TextEncoder

@@ -9,6 +9,7 @@ from comfy.hooks import EnumHookMode
 from comfy.sd import CLIP
 from comfy.sd1_clip import SD1ClipModel, SDClipModel
 from comfy.sdxl_clip import SDXLClipModel
+from comfy.utils import clip_text_transformers_convert
 from torch import Tensor, nn
 
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
@@ -16,29 +17,15 @@ from comfy_client.proxies.refusals import refuse
 from comfy_client.proxies.remote import Remote
 from luna_protocol.messages import ClipEncode
 
-# {family: (ComfyUI's configuration, the prefix under which its files keep each encoder)}
-_FAMILIES = {
-    "sd15": (supported_models.SD15, {"clip_l": "cond_stage_model.transformer."}),
-    "sdxl": (
-        supported_models.SDXL,
-        {"clip_l": "conditioner.embedders.0.transformer.", "clip_g": "conditioner.embedders.1.model."},
-    ),
-}
+_FAMILIES = {"sd15": supported_models.SD15, "sdxl": supported_models.SDXL}
 _END, _PAD = 49407, {"clip_l": 49407, "clip_g": 0}
 
 
 def remote_clip(remote: Remote) -> "RemoteCLIP":
     """A CLIP for served text encoders: prompts are tokenised and weighted here, encoded there."""
-    family, prefixes = _FAMILIES[remote.model.family]
-    config = family({})
-    in_file = {
-        prefixes[encoder] + key: tensor
-        for encoder in remote.description.shapes
-        for key, tensor in remote.meta_tensors(encoder).items()
-    }
-    shapes = config.process_clip_state_dict(in_file)
     clip = RemoteCLIP(no_init=True)
-    clip.cond_stage_model = _cond_stage_model(remote, shapes)
+    config = _FAMILIES[remote.model.family]({})
+    clip.cond_stage_model = _cond_stage_model(remote)
     clip.tokenizer = config.clip_target().tokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings"))
     clip.patcher = RemotePatcher.around(clip.cond_stage_model)
     clip.patcher.hook_mode = EnumHookMode.MinVram
@@ -106,20 +93,28 @@ class RemoteTextEncoder(SDClipModel):
         return reply["hidden"], reply["pooled"]
 
 
-def _cond_stage_model(remote: Remote, shapes: dict[str, Tensor]) -> nn.Module:
+def _cond_stage_model(remote: Remote) -> nn.Module:
     """ComfyUI's model of one or two encoders, its encoders replaced, without ever allocating the stock ones."""
-    sdxl = remote.model.family == "sdxl"
+    sdxl, encoders = remote.model.family == "sdxl", list(remote.description.shapes)
     stack = LoraStack()
-    base = SDXLClipModel if sdxl else SD1ClipModel
+    base = SDXLClipModel if len(encoders) > 1 else SD1ClipModel
     model = type("Remote" + base.__name__, (_ShapesOnly, base), {})()
-    model.shapes = shapes
+    model.shapes = {key: tensor for encoder in encoders for key, tensor in _keys(remote, encoder).items()}
     model.dtypes = {remote.dtype}
     model.lora_stack = stack
-    if not sdxl:
-        model.clip_name, model.clip = "l", "clip_l"
-    for encoder in remote.description.shapes:
+    if len(encoders) == 1:  # SD1.5's, or SDXL's refiner's
+        model.clip_name, model.clip = encoders[0].removeprefix("clip_"), encoders[0]
+    for encoder in encoders:
         setattr(model, encoder, RemoteTextEncoder(remote, encoder, stack, sdxl))
     return model
+
+
+def _keys(remote: Remote, encoder: str) -> dict[str, Tensor]:
+    """The encoder's tensors by ComfyUI's own names, whichever layout its file has."""
+    tensors = remote.meta_tensors(encoder)
+    inner = "transformer." if any(key.startswith("text_model.") for key in tensors) else ""
+    named = {f"{encoder}.{inner}{key}": tensor for key, tensor in tensors.items()}
+    return clip_text_transformers_convert(named, f"{encoder}.", f"{encoder}.transformer.")
 
 
 class _ShapesOnly(nn.Module):

@@ -8,12 +8,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from handlers.engine.layouts import Names, encoder_names, markers, unet_names, vae_names
+from handlers.engine.layouts import Names, encoder_names, marker_names, unet_names, vae_names
 from handlers.engine.unet_layout import Shapes, UNetLayout
 from luna_protocol.errors import Impossible, Malformed, NotFound
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
-_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 _SD2_CONTEXT = 1024  # also of its unCLIP models, which have vector conditioning as SDXL has
 
 
@@ -100,11 +99,6 @@ def detect(header: Shapes) -> Detected:
 def part_shapes(header: Shapes, part: Part, component: str) -> dict[str, tuple[int, ...]]:
     """{name in the original layout: shape} of one component."""
     return {name: header[key] for key, name in part.names[component].items()}
-
-
-def marker_names(header: Shapes) -> dict[str, str]:
-    """{marker: its name in the file} of the tensors by which ComfyUI tells how a UNet was trained."""
-    return markers(header, _MARKERS)
 
 
 def weights_size(path: Path, role: str, itemsize: int) -> int:

@@ -14,6 +14,7 @@ Names = dict[str, str]  # {name in the file: name in the original layout}
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
 _UNET_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 _DIFFUSERS_UNET = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight")
+_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 _VAE_PREFIXES = ("first_stage_model.", "")
 _VAE_ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _TAESD_ROOTS = ("taesd_encoder.", "taesd_decoder.", "vae_scale", "vae_shift")
@@ -103,10 +104,9 @@ def encoder_names(header: Shapes) -> dict[str, Names]:
     return encoders
 
 
-def markers(header: Shapes, names: tuple[str, ...]) -> dict[str, str]:
-    """{marker: its name in the file} of those that the file has, beside the UNet or among its tensors."""
-    prefixes = ("", *(prefix for prefix in _UNET_PREFIXES if prefix))
-    found = {name: next((prefix + name for prefix in prefixes if prefix + name in header), None) for name in names}
+def marker_names(header: Shapes) -> dict[str, str]:
+    """{marker: its name in the file} of the tensors by which ComfyUI tells how a UNet was trained, under any prefix."""
+    found = {name: next((p + name for p in ("", *_UNET_PREFIXES) if p + name in header), None) for name in _MARKERS}
     return {name: key for name, key in found.items() if key}
 
 

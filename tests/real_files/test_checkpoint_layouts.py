@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from handlers.engine.checkpoints import detect, marker_names, read_header
+from handlers.engine.checkpoints import detect, read_header
+from handlers.engine.layouts import marker_names
 from handlers.engine.text_encoder import TextEncoder
 from handlers.engine.trial import try_parts
 from handlers.engine.unet import UNet
