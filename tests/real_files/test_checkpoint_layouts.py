@@ -14,7 +14,6 @@ from handlers.engine.unet import UNet
 from handlers.engine.unet_layout import UNetLayout
 from handlers.engine.vae import VAE
 from handlers.engine.weights import read_markers
-from luna_protocol.errors import LunaError
 from tests import checkpoints
 
 CPU = torch.device("cpu")
@@ -36,12 +35,13 @@ def sdxl():
     return checkpoints.state_dict(SDXL)
 
 
-@pytest.fixture
-def built(tmp_path):
-    """built(tensors) -> ({component: what it computes}, what `detect` found) of a file with these tensors."""
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """build(tensors) -> ({component: what it computes}, what `detect` found) of a file with these tensors."""
+    path = tmp_path_factory.mktemp("built") / "file.safetensors"
 
     def build(tensors):
-        path = tmp_path / "file.safetensors"
+        path.unlink(missing_ok=True)
         save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path)
         header = read_header(path)
         found = detect(header)
@@ -50,6 +50,16 @@ def built(tmp_path):
             return {component: output for part in found.parts.values() for component, output in run(path, part)}, found
 
     return build
+
+
+@pytest.fixture(scope="module")
+def sd15_outputs(build, sd15):
+    return build(sd15)[0]
+
+
+@pytest.fixture(scope="module")
+def sdxl_outputs(build, sdxl):
+    return build(sdxl)[0]
 
 
 def run(path, part):
@@ -75,8 +85,9 @@ def below(tensors, prefix):
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[component], other[component]) for component in one)
+def same(outputs, expected, *components):
+    """Whether these components, and no others, compute what is expected, bit for bit."""
+    return outputs.keys() == set(components) and all(torch.equal(outputs[name], expected[name]) for name in outputs)
 
 
 LEFT_OVER = {
@@ -94,11 +105,9 @@ LEFT_OVER = {
 }
 
 
-def test_left_over_tensors_are_left_out_and_named(built, sdxl, caplog):
-    expected, _ = built(sdxl)
-    caplog.clear()
-    outputs, found = built(sdxl | {name: torch.ones(2) for name in LEFT_OVER.values()})
-    assert same(outputs, expected)
+def test_left_over_tensors_are_left_out_and_named(build, sdxl, sdxl_outputs, caplog):
+    outputs, found = build(sdxl | {name: torch.ones(2) for name in LEFT_OVER.values()})
+    assert same(outputs, sdxl_outputs, "unet", "vae", "clip_l", "clip_g")
     unused = found.unused(dict.fromkeys([*sdxl, *LEFT_OVER.values()], (2,)))
     noted = " ".join(unused) + caplog.text
     for name in LEFT_OVER.values():
@@ -107,32 +116,31 @@ def test_left_over_tensors_are_left_out_and_named(built, sdxl, caplog):
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.model.", "net.", "model.", ""])
-def test_a_unet_alone_under_any_prefix(built, sd15, prefix):
-    expected = built(below(sd15, UNET))[0]
-    outputs, found = built(
-        {prefix + key: tensor for key, tensor in below(sd15, UNET).items()} | {"v_pred": torch.ones(0)}
-    )
-    assert (found.family, outputs.keys()) == ("sd15", {"unet"})
-    assert same(outputs, expected)
+def test_a_unet_alone_under_any_prefix(sd15, prefix):
+    names = {key: key.removeprefix(UNET) for key in sd15 if key.startswith(UNET)}
+    header = {prefix + name: tuple(sd15[key].shape) for key, name in names.items()}
+    found = detect(header | {"v_pred": (0,)})
+    assert (found.family, list(found.parts)) == ("sd15", ["unet"])
+    assert found.parts["unet"].names["unet"] == {prefix + name: name for name in names.values()}
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_unet_in_diffusers_layout(built, sd15, sdxl, family):
+def test_a_unet_in_diffusers_layout(build, sd15, sdxl, sd15_outputs, sdxl_outputs, family):
     original = below(sd15 if family == "sd15" else sdxl, UNET)
     names = UNetLayout.from_shapes({key: tuple(t.shape) for key, t in original.items()}).diffusers_names(original)
     renamed = {names[key].replace("class_embedding.", "add_embedding."): tensor for key, tensor in original.items()}
-    outputs, found = built(renamed)
+    outputs, found = build(renamed)
     assert found.family == family
-    assert same(outputs, built(original)[0])
+    assert same(outputs, sd15_outputs if family == "sd15" else sdxl_outputs, "unet")
 
 
-@pytest.mark.parametrize("attention", ["to_q to_k to_v to_out.0", "query key value proj_attn"])
-@pytest.mark.parametrize("prefix", [VAE_PREFIX, ""])
-def test_a_vae_in_diffusers_layout(built, sd15, attention, prefix):
-    original = below(sd15, VAE_PREFIX)
-    outputs, found = built({prefix + name: t for name, t in as_diffusers(original, attention.split()).items()})
-    assert found.parts.keys() == {"vae"}
-    assert same(outputs, built(original)[0])
+@pytest.mark.parametrize(
+    ("prefix", "attention"), [("", "to_q to_k to_v to_out.0"), (VAE_PREFIX, "query key value proj_attn")]
+)
+def test_a_vae_in_diffusers_layout(build, sd15, sd15_outputs, prefix, attention):
+    renamed = as_diffusers(below(sd15, VAE_PREFIX), attention.split())
+    outputs, _ = build({prefix + name: tensor for name, tensor in renamed.items()})
+    assert same(outputs, sd15_outputs, "vae")
 
 
 def as_diffusers(vae, attention):
@@ -160,14 +168,14 @@ def as_diffusers(vae, attention):
     return renamed
 
 
-def test_a_full_clip_l_with_its_vision_tower(built, sd15):
+def test_a_full_clip_l_with_its_vision_tower(build, sd15):
     text = below(sd15, CLIP)
     projection = torch.randn(64, 64)
     whole = text | {"text_projection.weight": projection, "logit_scale": torch.tensor(4.6)}
     whole |= {f"vision_model.encoder.layers.{i}.mlp.fc1.weight": torch.ones(2, 2) for i in range(24)}
-    outputs, found = built(whole | {"visual_projection.weight": torch.ones(2, 2)})
-    assert (found.family, outputs.keys()) == ("sd15", {"clip_l"})
-    assert same(outputs, built(text | {"text_projection.weight": projection})[0])
+    outputs, found = build(whole | {"visual_projection.weight": torch.ones(2, 2)})
+    assert found.family == "sd15"
+    assert same(outputs, build(text | {"text_projection.weight": projection})[0], "clip_l")
 
 
 ENCODER_LAYOUTS = {
@@ -179,30 +187,26 @@ ENCODER_LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", ENCODER_LAYOUTS)
-def test_clip_l_in_every_layout(built, sd15, layout):
-    text = below(sd15, CLIP)
-    assert same(built(ENCODER_LAYOUTS[layout](text))[0], built(text)[0])
+def test_clip_l_in_every_layout(build, sd15, sd15_outputs, layout):
+    assert same(build(ENCODER_LAYOUTS[layout](below(sd15, CLIP)))[0], sd15_outputs, "clip_l")
 
 
-@pytest.mark.parametrize("prefix", ["", "conditioner.embedders.0.model.", CLIP_G])
-def test_clip_g_as_open_clip(built, sdxl, prefix):
-    text = below(sdxl, CLIP_G)
-    wide = {"token_embedding.weight": torch.ones(49408, 1280)}
-    if not prefix:  # alone, only its width shows which encoder it is: packing then refuses these narrow layers
-        with pytest.raises(LunaError, match="clip_g"):
-            built(text | wide)
-        return
-    outputs, found = built({prefix + key: tensor for key, tensor in text.items()})
-    assert (found.family, outputs.keys()) == ("sdxl", {"clip_g"})
-    assert same(outputs, {"clip_g": built(sdxl)[0]["clip_g"]})
+def test_clip_g_alone_as_open_clip(build, sdxl, sdxl_outputs):
+    outputs, found = build({key: tensor for key, tensor in sdxl.items() if key.startswith(CLIP_G)})
+    assert found.family == "sdxl"
+    assert same(outputs, sdxl_outputs, "clip_g")
 
 
-def test_clip_g_as_transformers(built, sdxl):
-    text = below(sdxl, CLIP_G)
-    model = "conditioner.embedders.1.model.transformer."
-    renamed = {model + name: tensor for name, tensor in as_transformers(text).items()}
-    kept = {key: tensor for key, tensor in sdxl.items() if not key.startswith(CLIP_G)}
-    assert same(built(kept | renamed)[0], built(sdxl)[0])
+def test_clip_g_without_a_prefix_is_known_by_its_width(sdxl):
+    header = {key: tuple(tensor.shape) for key, tensor in below(sdxl, CLIP_G).items()}
+    found = detect(header | {"token_embedding.weight": (49408, 1280)})
+    assert (found.family, list(found.parts["clip"].names)) == ("sdxl", ["clip_g"])
+
+
+def test_clip_g_as_transformers(build, sdxl, sdxl_outputs):
+    renamed = as_transformers(below(sdxl, CLIP_G))
+    outputs, _ = build({f"{CLIP_G}transformer.{name}": tensor for name, tensor in renamed.items()})
+    assert same(outputs, sdxl_outputs, "clip_g")
 
 
 def as_transformers(text):
@@ -222,11 +226,12 @@ def as_transformers(text):
     return renamed
 
 
-def test_a_refiner_has_its_one_text_encoder(built, sdxl):
+def test_a_refiner_has_its_one_text_encoder(build, sdxl, sdxl_outputs):
     refiner = {key: tensor for key, tensor in sdxl.items() if not key.startswith("conditioner.")}
     refiner |= {f"conditioner.embedders.0.model.{key}": tensor for key, tensor in below(sdxl, CLIP_G).items()}
-    outputs, found = built(refiner)
-    assert (found.family, outputs.keys()) == ("sdxl", {"unet", "clip_g", "vae"})
+    outputs, found = build(refiner)
+    assert found.family == "sdxl"
+    assert same(outputs, sdxl_outputs, "unet", "vae", "clip_g")
 
 
 @pytest.mark.parametrize("prefix", ["", UNET, "model."])
