@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from handlers.engine.roots import confined, find, names_below
@@ -17,6 +17,7 @@ from luna_protocol.model_names import role_of
 from serving.archives import pack_checkpoint, refresh
 from serving.names import model_name
 from serving.selection import named
+from tests import checkpoints
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such names, or no links without rights")
 NAMES = [
@@ -34,9 +35,11 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory) -> Path:
-    """As little as is taken for a VAE: packing looks no further."""
+    """As little as is taken for a VAE."""
     path = tmp_path_factory.mktemp("file") / "tiny.safetensors"
-    save_file({"first_stage_model.decoder.conv_in.weight": torch.zeros(1)}, path)
+    tiny = replace(checkpoints.SHAPES["tiny_sd15"], vae=replace(checkpoints.TAESD, channels=4))
+    tensors = checkpoints.state_dict(tiny)
+    save_file({key: tensor for key, tensor in tensors.items() if key.startswith("first_stage_model.")}, path)
     return path
 
 
