@@ -144,7 +144,7 @@ class RemoteUNet(nn.Module):
             self._count(message.get("step_cache"))
             return reply["out"]
 
-        if not self.remote.shares_memory:
+        if not self.remote.replicas.server.shares_memory:
             self._most_rows = min(self._most_rows, rows_in_a_body(tensors))
         out, self._most_rows = in_groups(ask, len(x), len(conds), self._most_rows)
         return out.to(x.device)

@@ -50,11 +50,6 @@ class Remote:
         return self.description.model
 
     @property
-    def shares_memory(self) -> bool:
-        """Whether requests reach the server through shared memory; else HTTP bounds their size."""
-        return self.replicas.server.shares_memory
-
-    @property
     def dtype(self) -> torch.dtype:
         """What its workers compute in; float32 while none is loaded."""
         return next((_DTYPES[worker.dtype] for worker in self.model.workers if worker.dtype), torch.float32)

@@ -132,7 +132,11 @@ BAD = {
     "empty": ({"x": torch.zeros(1, 4, 0, 8)}, Impossible, "x has shape"),
     "missing tensor": ({"context": None}, Malformed, "'context' is missing"),
     "unknown control": ({"control.up.0": torch.zeros(1, 4, 8, 8)}, Malformed, "control.up.0"),
-    "control that does not fit": ({"control.middle.0": torch.zeros(1, 1, 50, 50)}, LunaError, "control|size"),
+    "control that does not fit": (
+        {"control.middle.0": torch.zeros(1, 1, 50, 50)},
+        Impossible,
+        "control.middle.0 has shape",
+    ),
     "a dtype that is none": ({"x": torch.zeros(1, 4, 8, 8, dtype=torch.bool)}, Impossible, "bool"),
 }
 
