@@ -8,14 +8,16 @@ import logging
 import os
 import time
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from handlers.engine.checkpoints import weights_size
+from handlers.engine.checkpoints import detect, read_header, weights_size
 from handlers.engine.host_memory import keep_freed_memory
 from handlers.engine.lora.overlays import Stack
 from handlers.engine.memory_budget import Budgets, device_key
@@ -79,6 +81,7 @@ class RoleHandler:
     """A TorchServe handler for one role; subclasses say what they accept, load and run."""
 
     accepts: tuple[type[Request], ...] = ()
+    file: tuple[Path, tuple[int, int, int]] | None = None  # the checkpoint, and its state when it was loaded
 
     # What a role defines
 
@@ -131,6 +134,8 @@ class RoleHandler:
             self.state.check_deaths()
             if self.settings.checkpoint is not None:
                 path = self.settings.checkpoint_path()
+                self._check_family(path)
+                self.file = path, _state_of(path)
                 needed = weights_size(path, self.settings.role, self.dtype.itemsize)
                 self.state.claim(needed, self._budget())
             self.load()
@@ -190,7 +195,30 @@ class RoleHandler:
         memory = torch.cuda.get_device_properties(self.device).total_memory if cuda else None
         return Budgets.from_environment().of(device_key(self.state.record.worker), memory)
 
+    def _check_family(self, path: Path) -> None:
+        family = detect(read_header(path)).family
+        if family != self.settings.family:
+            raise Broken(
+                f"{path.name} was packed as {self.settings.family}, and is {family} now",
+                "pack it again with scripts/add_checkpoint.py",
+            )
+
+    def _check_file(self) -> None:
+        """Mapped weights are what the file holds now: fails for good once it was overwritten in place. A file that took
+        its place is another one, and so is none at all."""
+        if self.file is None or self.device.type != "cpu":
+            return
+        path, loaded = self.file
+        with suppress(OSError):
+            now = _state_of(path)
+            if now != loaded and now[0] == loaded[0]:
+                self.failure = Broken(
+                    f"{path.name} was overwritten after it was loaded", "load the model again: scripts/models.py load"
+                )
+                self.state.update(now=True, state="failed", reason=str(self.failure))
+
     def _admit(self, row: dict[str, Any], index: int, items: dict[int, Item]) -> Reply | None:
+        self._check_file()
         if isinstance(self.failure, OutOfMemory | Broken):
             raise self.failure.fresh()
         if self.failure is not None:
@@ -279,3 +307,8 @@ class RoleHandler:
         if outcome.status != 200:
             context.set_response_status(outcome.status, HTTPStatus(outcome.status).phrase, index)
         return body
+
+
+def _state_of(path: Path) -> tuple[int, int, int]:
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
