@@ -83,7 +83,7 @@ def torchserve(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def sdxl(models: Path, torchserve: TorchServe) -> None:
+def sdxl(models: Path, torchserve: TorchServe, comfyui: ComfyUI) -> None:
     """sdxl.safetensors, on both sides, and its LoRA; ComfyUI takes text encoders of the full size only."""
     file = models / "checkpoints" / "sdxl.safetensors"
     # In a process of its own: this one would keep the gigabytes.
@@ -91,14 +91,19 @@ def sdxl(models: Path, torchserve: TorchServe) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
     checkpoints.write_lora(models / "loras" / "xl.safetensors", "sdxl", seed=7)
     pack_checkpoint(file, torchserve.store, home=torchserve.store.parent)
+    _make_room(torchserve, comfyui, "repository")
 
 
 @pytest.fixture
 def room(torchserve: TorchServe, comfyui: ComfyUI) -> Iterator[None]:
     """Afterwards neither side holds a model of which other tests make no use."""
     yield
+    _make_room(torchserve, comfyui, "repository", "sd15.")
+
+
+def _make_room(torchserve: TorchServe, comfyui: ComfyUI, *kept: str) -> None:
     server = connect(torchserve)
-    others = [name for name in server.models() if name != "repository" and not name.startswith("sd15.")]
+    others = [name for name in server.models() if not name.startswith(kept)]
     for name in others:
         server.unload(name)
     if others:
