@@ -15,10 +15,11 @@ def _nodes():
     # Last, so that nothing of ours stands in the way of ComfyUI's own modules.
     sys.path.append(str(_HERE))
     import comfy_client.nodes
+    import luna_client
     import luna_pictures
     import luna_protocol
 
-    for package in (comfy_client, luna_pictures, luna_protocol):
+    for package in (comfy_client, luna_client, luna_pictures, luna_protocol):
         found = Path(package.__file__).resolve().parent.parent
         if found != _HERE:
             raise ImportError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import urllib3
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Index
 from luna_protocol.save_job import QueueStatus

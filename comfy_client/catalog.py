@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.messages import Index, ServedModel
 from luna_protocol.model_names import first_replica

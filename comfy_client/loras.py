@@ -13,7 +13,7 @@ from comfy_client.catalog import match_lora
 from comfy_client.prompt_loras import LoraChoice
 from comfy_client.proxies.patcher import RemotePatcher
 from comfy_client.proxies.remote import interruptible
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import NotFound
 
 

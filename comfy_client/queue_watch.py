@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.messages import validate
 from luna_protocol.save_job import JobStatus, QueueReport, QueueStatus
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import folder_paths
 
-from comfy_client.addresses import is_loopback, normal
-from comfy_client.manager import Timeouts
-from comfy_client.server import Server
+from luna_client.addresses import is_loopback, normal
+from luna_client.manager import Timeouts
+from luna_client.server import Server
 
 # ComfyUI is not to hang on a server that does.
 _TIMEOUTS = Timeouts(connect=2, question=10)

@@ -2,53 +2,99 @@
 the decode queue holds, which outlives the workers that fill and empty it."""
 
 import hashlib
+import logging
 import os
+import time
 import zipfile
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from handlers.engine.checkpoints import detect, part_shapes, read_header
-from handlers.engine.layouts import marker_names
-from handlers.engine.roots import Roots, find, names_below
-from handlers.engine.weights import read_markers
-from handlers.queue_requests import QUEUE_REQUESTS, answer, open_queue
-from handlers.role_handler import Item, Reply, RoleHandler
-from handlers.settings import HandlerSettings
-from handlers.worker_state import is_replaced, live_workers, mark_replaced
-from luna_protocol.errors import LunaError, NotFound
+from engine.checkpoints import detect, part_shapes, read_header
+from engine.layouts import marker_names
+from engine.replacements import is_replaced, mark_replaced
+from engine.role import Reply
+from engine.roots import Roots, find, names_below
+from engine.saving.decode_queue import DecodeQueue
+from engine.saving.queue_requests import QUEUE_REQUESTS, answer, open_queue
+from engine.settings import HandlerSettings, settings_of
+from engine.transport import Transport, encoded
+from engine.weights import read_markers
+from handlers.answers import body_of, quiet_logs, respond
+from handlers.engine_link import served
+from luna_protocol.answer import Answer
+from luna_protocol.errors import Internal, LunaError, NotFound
 from luna_protocol.messages import (
     DescribeModel,
     Index,
     Message,
     ModelDescription,
+    Readiness,
     Ready,
     ReplaceModel,
     RepositoryIndex,
     ServedModel,
     Worker,
+    parse_request,
 )
 from luna_protocol.model_names import archive_name, with_version, without_first
 
+log = logging.getLogger(__name__)
 
-class RepositoryHandler(RoleHandler):
-    accepts = (RepositoryIndex, DescribeModel, ReplaceModel, *QUEUE_REQUESTS)
 
-    def load(self) -> None:
-        self.queue = open_queue(self.settings)
+class RepositoryHandler:
+    """TorchServe's handler of the model `repository`, which needs no engine."""
 
-    def run(self, items: list[Item]) -> list[Reply]:
-        if isinstance(items[0].request, QUEUE_REQUESTS):
-            return [Reply(answer(self.queue, item.request), {}) for item in items]
-        # The server is the parent of every worker, this one included.
-        workers = live_workers(self.settings.roots.run, os.getppid())
-        answers = {RepositoryIndex: self._index, DescribeModel: self._describe, ReplaceModel: self._replace}
-        return [Reply(answers[type(item.request)](item.request, workers), {}) for item in items]
+    def initialize(self, context) -> None:
+        quiet_logs()
+        self.settings = settings_of(context.model_yaml_config["handler"])
+        self._transport = Transport()
+        self._requests = 0
 
-    def _index(self, _request: RepositoryIndex, workers: dict[str, list[Worker]]) -> Message:
+    @cached_property
+    def queue(self) -> DecodeQueue:
+        return open_queue(self.settings)
+
+    def handle(self, data: list[dict[str, Any]], context) -> list[bytes]:
+        """One reply per row of `data`."""
+        return [respond(self._answer(row), context, index) for index, row in enumerate(data)]
+
+    def _answer(self, row: dict[str, Any]) -> Answer:
+        body = body_of(row)
+        self._requests += 1
+        try:
+            outcome = Reply(self._reply(body), {})
+        except LunaError as error:
+            outcome = error
+        except Exception as error:
+            log.exception("a request failed")
+            outcome = Internal(f"{type(error).__name__}: {error}", "the server's log has the whole story")
+        return encoded(outcome, body, self._transport)
+
+    def _reply(self, body: Any) -> Message:
+        message, _ = self._transport.receive(body)
+        request = parse_request(message, (RepositoryIndex, DescribeModel, ReplaceModel, Readiness, *QUEUE_REQUESTS))
+        match request:
+            case RepositoryIndex():
+                return self._index(self._workers())
+            case DescribeModel():
+                return self._describe(request, self._workers())
+            case ReplaceModel():
+                return self._replace(request)
+            case Readiness():
+                return Ready()
+        return answer(self.queue, request)
+
+    def _workers(self) -> dict[str, list[Worker]]:
+        """{model: what each engine says of it}, and this process."""
+        own = Worker(pid=os.getpid(), state="ready", device="cpu", requests=self._requests, last_used=time.time())
+        return {"repository": [own]} | served(self.settings.roots.run)
+
+    def _index(self, workers: dict[str, list[Worker]]) -> Message:
         roots = self.settings.roots
         found = {path.stem: _settings(path) for path in sorted(roots.model_store.glob("*.mar"))}
         archives = {stem: settings for stem, settings in found.items() if settings}
@@ -73,7 +119,7 @@ class RepositoryHandler(RoleHandler):
             raise NotFound(f"the store has no model {model!r}", "the repository's index lists what it has")
         return settings
 
-    def _replace(self, request: ReplaceModel, _workers: dict[str, list[Worker]]) -> Message:
+    def _replace(self, request: ReplaceModel) -> Message:
         self._stored(request.model)
         mark_replaced(self.settings.roots.run, request.model, not request.done)
         return Ready()

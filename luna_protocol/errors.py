@@ -52,6 +52,12 @@ class NotFound(LunaError):
     status, code = 404, "not_found"
 
 
+class NotLoaded(NotFound):
+    """An engine does not have the model, or no longer."""
+
+    code = "not_loaded"
+
+
 class VersionMismatch(LunaError):
     """Client and server speak different versions of the protocol."""
 
@@ -88,6 +94,12 @@ class Loading(Unavailable):
     code = "loading"
 
 
+class EngineEnded(Unavailable):
+    """The process that computed ended on this request; another is started."""
+
+    code = "engine_ended"
+
+
 class Full(Unavailable):
     """The model works, and as many requests as its queue takes wait already."""
 
@@ -115,12 +127,14 @@ _BY_CODE = {
     for kind in (
         Malformed,
         NotFound,
+        NotLoaded,
         VersionMismatch,
         TooLarge,
         Impossible,
         NoSharedMemory,
         Unavailable,
         Loading,
+        EngineEnded,
         Full,
         Broken,
         OutOfMemory,

@@ -256,20 +256,23 @@ class RepositoryIndex(Request):
 
 
 class Worker(Message):
-    """A live worker process of a served model.
+    """A served model in the engine of a device; `pid` is the engine's process.
 
-    state: waiting for room on its device, loading, ready, or failed (then `reason` says why). weights_bytes: what it
-    holds, or will; budget_bytes: what all workers' weights may take of its device, None for no bound. busy: it
-    computes; last_used: when it last began or ended to, in seconds since 1970.
+    state: loading, ready, or failed (then `reason` says why). weights_bytes: what it holds, or will; budget_bytes: what
+    all weights and caches may take of the device, None for no bound; resident: whether its weights are there now, or
+    come when they are wanted. busy: it computes or has requests waiting; last_used: when it last began or ended to, in
+    seconds since 1970. door: where clients of this machine can reach it without TorchServe.
     """
 
     pid: int
-    state: Literal["waiting", "loading", "ready", "failed"]
+    state: Literal["loading", "ready", "failed"]
     device: str
     assigned_gpu: int | None = None
     dtype: str | None = None
     weights_bytes: int = 0
     budget_bytes: int | None = None
+    resident: bool = True
+    door: str | None = None
     requests: int = 0
     busy: bool = False
     last_used: float = 0

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from comfy_client.manager import Manager
-from handlers.engine.roots import Roots, find
+from engine.roots import Roots, find
+from luna_client.manager import Manager
 from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.model_names import FIRST_VERSION, with_version
 from serving.archives import Archive, pack_checkpoint, pack_repository

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from handlers.engine.step_presets import Setting
+from engine.step_presets import Setting
 from scripts.sampling import Painter
 
 

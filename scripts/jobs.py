@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from comfy_client.manager import Manager
+from luna_client.manager import Manager
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Request, validate
 from luna_protocol.save_job import CancelJobs, JobsChanged, PurgeJobs, QueueReport, QueueStatus, RetryJobs

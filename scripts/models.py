@@ -14,7 +14,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from comfy_client.manager import Manager
+from luna_client.manager import Manager
 from luna_protocol.errors import LunaError
 from serving.loading import load, overview
 from serving.selection import named

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from comfy_client.manager import Manager
+from luna_client.manager import Manager
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Index
 from serving.loading import overview

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import ClipText, DescribeModel, ModelDescription, UNetForward, validate
 from luna_protocol.save_job import PictureGroup, QueueReport, QueueStatus, SaveJob

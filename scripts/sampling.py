@@ -18,14 +18,14 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from handlers.engine import tokenizer
-from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.layouts import marker_names
-from handlers.engine.step_cache import StepCache, rows_of
-from handlers.engine.step_policies import Policy
-from handlers.engine.text_encoder import TextEncoder
-from handlers.engine.unet import UNet
-from handlers.engine.vae import VAE
+from engine import tokenizer
+from engine.checkpoints import detect, read_header
+from engine.layouts import marker_names
+from engine.step_cache import StepCache, rows_of
+from engine.step_policies import Policy
+from engine.text_encoder import TextEncoder
+from engine.unet import UNet
+from engine.vae import VAE
 from luna_protocol.errors import Impossible
 
 LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025}  # UNet space = LATENT times this

@@ -17,10 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from comfy_client.manager import Manager
-from handlers.engine.memory_budget import Budgets
-from handlers.engine.roots import Roots
-from handlers.worker_state import KEEPER
+from engine.memory_budget import Budgets
+from engine.roots import Roots
+from luna_client.manager import Manager
 from luna_protocol.errors import LunaError, NotFound
 from luna_protocol.model_names import role_of
 from serving.archives import pack_repository, refresh
@@ -83,8 +82,8 @@ def main() -> int:
     parser.add_argument(
         "--memory",
         metavar="DEVICE=SIZE,...",
-        help="most that weights may take of a device, such as 0=20GB,cpu=8GB; idle models make room for others "
-        "(three quarters of each GPU; a CPU has no bound)",
+        help="most that weights and caches may take of a device, such as 0=20GB,cpu=8GB; models that are not used make "
+        "room for others and come back when they are (three quarters of each GPU; a CPU has no bound)",
     )
     parser.add_argument(
         "--behind-proxy",
@@ -106,7 +105,6 @@ def main() -> int:
         ports = Ports.from_first(arguments.port)
         with TorchServe(arguments.store, arguments.run, ports, **exposed(arguments, ports)) as torchserve:
             # What follows changes things, and only here is it sure that no other server runs in the folder.
-            (arguments.run / KEEPER).unlink(missing_ok=True)
             pack_repository(arguments.store)
             archives = {archive.model: archive for archive in refresh(arguments.store)}
             for path in sorted({*arguments.store.glob("*.mar")} - {archive.path for archive in archives.values()}):

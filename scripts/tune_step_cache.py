@@ -18,8 +18,8 @@ from statistics import fmean
 
 import torch
 
-from handlers.engine.roots import Roots, find
-from handlers.engine.step_presets import ANY, Presets, Setting
+from engine.roots import Roots, find
+from engine.step_presets import ANY, Presets, Setting
 from luna_protocol.errors import LunaError
 from scripts.cache_quality import Comparison, compare
 from scripts.sampling import SAMPLERS, Painter

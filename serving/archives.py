@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.layouts import some_of
-from handlers.engine.roots import Roots
-from handlers.settings import settings_of
+from engine.checkpoints import detect, read_header
+from engine.layouts import some_of
+from engine.roots import Roots
+from engine.settings import settings_of
 from luna_protocol.errors import Impossible, Internal, LunaError, Malformed
 from luna_protocol.model_names import FIRST_VERSION, archive_name, checkpoint_of, with_version, without_first
 from serving.names import hashed_name, model_name
@@ -30,12 +30,7 @@ from serving.specs import FOLDER, load_spec
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-_HANDLERS = {
-    "unet": "unet_forward.py",
-    "clip": "clip_encode.py",
-    "vae": "vae_decode_save.py",
-    "repository": "repository.py",
-}
+_HANDLERS = {"unet": "relay.py", "clip": "relay.py", "vae": "relay.py", "repository": "repository.py"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def pack_checkpoint(
             the same name is served, and a ComfyUI could not tell the two apart.
         SpecError: a spec cannot be used.
     """
-    from handlers.engine.trial import try_parts  # with torch and diffusers, which take seconds
+    from engine.trial import try_parts  # with torch and diffusers, which take seconds
 
     file = Path(os.path.abspath(file))
     header = read_header(file)
@@ -227,7 +222,7 @@ def _packed(store: Path, model: str, role: str, config: dict, version: str) -> A
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)
         code = temporary / "code"
-        for package in ("luna_protocol", "luna_pictures", "handlers"):
+        for package in ("luna_protocol", "luna_pictures", "engine", "handlers"):
             shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
         config_file = temporary / "model-config.yaml"
         config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -44,7 +44,9 @@ def main(scratch: str, command: list[str]) -> int:
     parent_gone = threading.Event()
 
     def wait_for_parent() -> None:
-        sys.stdin.buffer.read()
+        # Not by sys.stdin: a thread that reads it when the interpreter ends aborts the process.
+        while os.read(0, 4096):
+            pass
         parent_gone.set()
         end(process)
 

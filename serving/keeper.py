@@ -1,12 +1,10 @@
 """Looks after a running server: what TorchServe leaves undone while models come and go.
 
 - Remembers what is registered, for the next start.
-- Makes room: where a worker waits for its device's budget, the least recently used models that nobody samples with are
-  unloaded.
 - Lets nobody wait for ever: requests that still waited when somebody scaled their model to 0 get a worker, until it has
   been idle for a while.
 
-It works from the workers' own records and the management API, so it does not matter whether a person, ComfyUI or curl
+It works from the repository's index and the management API, so it does not matter whether a person, ComfyUI or curl
 asked for the load.
 """
 
@@ -20,22 +18,19 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from comfy_client.manager import Manager
-from handlers.engine.memory_budget import device_key, gigabytes
-from handlers.engine.private_files import replace_privately
-from handlers.worker_state import KEEPER, ROOM_SECONDS, holds, live_workers
+from engine.private_files import replace_privately
+from luna_client.manager import Manager
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Worker, validate
-from luna_protocol.model_names import checkpoint_of, without_first
+from luna_protocol.model_names import without_first
 from luna_protocol.save_job import QueueReport, QueueStatus
 
 log = logging.getLogger(__name__)
 
 FINISH_SECONDS = 20.0
-IDLE_SECONDS = ROOM_SECONDS / 2
+IDLE_SECONDS = 20.0
 _REGISTERED = "registered.json"
-_POLL_SECONDS = 1.0
-_REMEMBER_EVERY = 10  # polls; each asks TorchServe about every model
+EVERY_SECONDS = 10.0  # each time asks TorchServe about every model
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,6 @@ class Keeper:
         self._thread = threading.Thread(target=self._loop, name="keeper", daemon=True)
 
     def start(self) -> None:
-        (self.run / KEEPER).touch(0o600)
         self._thread.start()
 
     def stop(self) -> None:
@@ -93,7 +87,6 @@ class Keeper:
         if self._thread.is_alive():
             self._stop.set()
             self._thread.join()
-            (self.run / KEEPER).unlink(missing_ok=True)
             self._guarded(self.remember)
             self._guarded(self.finish_jobs)
 
@@ -114,27 +107,16 @@ class Keeper:
         stored = self._stored()
         self._write_down(self._registered(), stored)
 
-    def make_room(self) -> None:
-        """Unload what is idle, for each worker that waits and can be helped."""
-        workers = live_workers(self.run)
-        waiting = [(model, worker) for model, each in workers.items() for worker in each if worker.state == "waiting"]
-        helped: set[str] = set()  # devices: what was freed there is for one worker, and the next poll sees who took it
-        for model, worker in waiting:
-            device = device_key(worker)
-            for idle in self._in_the_way(worker, workers) if device not in helped else ():
-                helped.add(device)
-                log.warning("unloading %s, to make room for %s", idle, model)
-                self._guarded(partial(self.server.unload, idle, seconds=0))
-                workers.pop(idle)
-
     def drain(self, wanted: dict[str, int]) -> None:
         """Answer those who wait for a model that has no workers any more."""
         for model, count in wanted.items():
             if not count:
                 self._guarded(partial(self._answer_waiting, model))
-        workers = live_workers(self.run)
+        if not self._draining:
+            return
+        workers = {without_first(model.name): model.workers for model in self.server.index().models}
         for model in self._draining & workers.keys():
-            if _is_idle(model, workers):
+            if _is_idle(workers[model]):
                 self._guarded(partial(self._end_answering, model))
 
     def _answer_waiting(self, model: str) -> None:
@@ -149,12 +131,8 @@ class Keeper:
             self._draining.remove(model)
 
     def _loop(self) -> None:
-        polls = 0
-        while not self._stop.wait(_POLL_SECONDS):
-            self._guarded(self.make_room)
-            polls += 1
-            if polls % _REMEMBER_EVERY == 0:
-                self._guarded(self._look_after)
+        while not self._stop.wait(EVERY_SECONDS):
+            self._guarded(self._look_after)
 
     def _look_after(self) -> None:
         # Asked for once: TorchServe runs nvidia-smi for every description.
@@ -192,35 +170,6 @@ class Keeper:
                 workers[without_first(f"{model}/{version['modelVersion']}")] = version["minWorkers"]
         return Registered(workers, defaults)
 
-    def _in_the_way(self, waiting: Worker, workers: dict[str, list[Worker]]) -> list[str]:
-        """Models whose unloading lets the waiting worker load, least recently used first; none if it is not enough."""
-        device = device_key(waiting)
-        held = {
-            model: sum(each.weights_bytes for each in own if holds(each) and device_key(each) == device)
-            for model, own in workers.items()
-        }
-        lacking = sum(held.values()) + waiting.weights_bytes - (waiting.budget_bytes or 0)
-        chosen = []
-        for model in sorted(filter(held.get, held), key=lambda model: _last_use(model, workers)):
-            if lacking > 0 and _is_idle(model, workers):
-                chosen.append(model)
-                lacking -= held[model]
-        if lacking <= 0 and chosen:
-            log.info("%s of room on %s", gigabytes(sum(held[model] for model in chosen)), device)
-        return chosen if lacking <= 0 else []
 
-
-def _parts(model: str, workers: dict[str, list[Worker]]) -> list[Worker]:
-    """The workers of all parts of a checkpoint: whoever samples will want to decode."""
-    checkpoint = checkpoint_of(model)
-    return [worker for other, own in workers.items() if checkpoint_of(other) == checkpoint for worker in own]
-
-
-def _last_use(model: str, workers: dict[str, list[Worker]]) -> float:
-    return max(worker.last_used for worker in _parts(model, workers))
-
-
-def _is_idle(model: str, workers: dict[str, list[Worker]]) -> bool:
-    parts = _parts(model, workers)
-    in_use = any(worker.busy or worker.state in ("loading", "waiting") for worker in parts)
-    return not in_use and time.time() - _last_use(model, workers) > IDLE_SECONDS
+def _is_idle(workers: list[Worker]) -> bool:
+    return all(not worker.busy and time.time() - worker.last_used > IDLE_SECONDS for worker in workers)

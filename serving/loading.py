@@ -1,6 +1,5 @@
 """Has models loaded and shows on the console how that goes, and what came of it."""
 
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -10,14 +9,13 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from comfy_client.manager import Manager
+from luna_client.manager import Manager
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import Index
 from luna_protocol.model_names import with_version
 
-# Models that start together. Each of their workers imports torch: with many more than cores, none is ready before
-# TorchServe gives up on it and starts it again.
-AT_ONCE = os.cpu_count() or 1
+# Models that start together: their workers are light, and wait in the engine's line for their turn to load.
+AT_ONCE = 8
 
 
 def load(
@@ -76,7 +74,8 @@ def overview(index: Index) -> Table:
             device = worker.device
             if worker.assigned_gpu is not None and not device.startswith("cuda"):
                 device += f" (assigned GPU {worker.assigned_gpu} is not there)"
-            state = worker.state if worker.state != "failed" else f"[red]failed: {escape(worker.reason)}"
+            state = worker.state if worker.resident else "parked"
+            state = state if worker.state != "failed" else f"[red]failed: {escape(worker.reason)}"
             weights = f"{worker.weights_bytes / 1e6:,.0f} MB"
             table.add_row(
                 model.name, model.family, device, worker.dtype, weights, state, escape(model.checkpoint or "")

@@ -11,7 +11,7 @@ from typing import TextIO
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 
-from comfy_client.faults import Unreachable
+from luna_client.faults import Unreachable
 
 
 @dataclass(frozen=True)

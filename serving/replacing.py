@@ -2,8 +2,8 @@
 
 import time
 
-from comfy_client.faults import DefaultVersion
-from comfy_client.manager import Manager
+from luna_client.faults import DefaultVersion
+from luna_client.manager import Manager
 from luna_protocol.messages import ReplaceModel
 from luna_protocol.model_names import archive_name, with_version
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from handlers.engine.private_files import make_private_folder, replace_privately
+from engine.private_files import make_private_folder, replace_privately
 
 
 class RunFolder:

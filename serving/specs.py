@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, create_model
 
-from handlers.settings import SETTINGS
+from engine.settings import SETTINGS
 
 FOLDER = Path(__file__).resolve().parent.parent / "archive_specs"
 # What add_checkpoint.py knows and a spec therefore does not say.

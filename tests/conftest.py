@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from comfy_client.manager import Timeouts
-from comfy_client.server import Server
+from luna_client.manager import Timeouts
+from luna_client.server import Server
 from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import Ports, TorchServe
 from tests.checkpoints import write
@@ -61,5 +61,6 @@ def served_tiny(home: Path, serve: Callable[..., list[str]]) -> str:
     return "tiny"
 
 
-def connect(torchserve: TorchServe, **timeouts: float) -> Server:
-    return Server(torchserve.inference, torchserve.management, torchserve.key_file, Timeouts(**timeouts))
+def connect(torchserve: TorchServe, doors: bool = True, **timeouts: float) -> Server:
+    limits = Timeouts(**timeouts)
+    return Server(torchserve.inference, torchserve.management, torchserve.key_file, limits, doors=doors)

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel
 
-from handlers.engine.unet_layout import UNetLayout
+from engine.unet_layout import UNetLayout
 from training import progress, shapes, text
 from training.autoencoder import latents
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.messages import ClipText, LoraUse, UNetForward, VaeDecode
 from scripts.sampling import LATENT_SCALE, SAMPLERS
 from serving.archives import pack_checkpoint, pack_repository

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from handlers.engine.lora.files import LoraFiles
-from handlers.engine.lora.names import unet_targets
-from handlers.engine.lora.overlays import Overlays
+from engine.lora.files import LoraFiles
+from engine.lora.names import unet_targets
+from engine.lora.overlays import Overlays
 from luna_protocol.messages import LoraUse
 from scripts.sampling import Painter
 from training.shapes import SIZE

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from handlers.engine import tokenizer
+from engine import tokenizer
 from training import progress, shapes
 
 WIDTH = 64

@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy_client import settings
 from comfy_client.panel import account
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import validate
 from luna_protocol.save_job import QueueReport, QueueStatus

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from comfy_client.proxies.refusals import refuse
-from comfy_client.row_groups import PART_BYTES
+from luna_client.row_groups import PART_BYTES
 from luna_protocol.blob import set_hash
 
 # The order in which ComfyUI's weight adapters keep what they read, by their `name`, under the names files use.

@@ -17,7 +17,7 @@ from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse, refuse_block_patches
 from comfy_client.proxies.remote import Remote
 from comfy_client.proxies.step_cache import STEP_CACHE_KEY, StepCacheSettings
-from comfy_client.row_groups import in_groups, rows_in_a_body
+from luna_client.row_groups import in_groups, rows_in_a_body
 from luna_protocol.messages import MAX_ROWS, StepCache, UNetForward
 
 log = logging.getLogger(__name__)

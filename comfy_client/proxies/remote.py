@@ -11,8 +11,8 @@ from comfy import model_management
 from torch import Tensor
 
 from comfy_client.notice import warn
-from comfy_client.replicas import Replicas
-from comfy_client.server import Server
+from luna_client.replicas import Replicas
+from luna_client.server import Server
 from luna_protocol.messages import DescribeModel, ModelDescription, Request, ServedModel, validate
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Remote:
                 self.replicas.settle()
             return self.replicas.call(request, tensors)
 
-        message, reply = interruptible(call)
+        message, reply = interruptible(call, self.replicas.server.abort)
         for report in message.get("lora", []):
             self._warn_of(report)
         return message, reply
@@ -95,11 +95,11 @@ class Remote:
             log.warning("LoRA %s: %d tensors fit nothing in %s: %s", lora, unmatched, self.model.name, names)
 
 
-def interruptible(call: Callable[[], Result]) -> Result:
+def interruptible(call: Callable[[], Result], abort: Callable[[int], None] = lambda thread: None) -> Result:
     """What `call` returns.
 
-    It runs in a thread of its own, because nothing can end a blocking read early: when the user cancels, it is left
-    behind and its outcome dropped.
+    It runs in a thread of its own, because nothing can end a blocking read early: when the user cancels, `abort` is
+    given that thread's id, the thread is left behind and its outcome dropped.
 
     Raises:
         InterruptProcessingException: the user cancelled.
@@ -117,7 +117,11 @@ def interruptible(call: Callable[[], Result]) -> Result:
     thread.start()
     while thread.is_alive():
         thread.join(_INTERRUPT_POLL_SECONDS)
-        model_management.throw_exception_if_processing_interrupted()
+        try:
+            model_management.throw_exception_if_processing_interrupted()
+        except BaseException:
+            abort(thread.ident)
+            raise
     if failure:
         # Taken out, as its traceback holds this frame: the two would keep each other, and all that the run held.
         raise failure.pop()

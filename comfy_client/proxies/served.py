@@ -11,7 +11,7 @@ from comfy_client.proxies.clip import remote_clip
 from comfy_client.proxies.model import remote_model
 from comfy_client.proxies.remote import Remote, interruptible
 from comfy_client.proxies.vae import RemoteVAE
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import Unavailable
 from luna_protocol.messages import ServedModel
 

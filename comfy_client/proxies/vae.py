@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from comfy_client.proxies.patcher import LoraStack, RemotePatcher
 from comfy_client.proxies.refusals import refuse
 from comfy_client.proxies.remote import Remote
-from comfy_client.row_groups import in_groups
+from luna_client.row_groups import in_groups
 from luna_protocol.errors import OutOfMemory
 from luna_protocol.messages import Request, VaeDecode, VaeEncode
 

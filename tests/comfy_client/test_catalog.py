@@ -5,7 +5,7 @@ import time
 import pytest
 
 from comfy_client.catalog import Catalog, Look, checkpoints, find, match_lora, replicas, spelt_once
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import NotFound, Unavailable
 from luna_protocol.messages import Index, ServedModel
 

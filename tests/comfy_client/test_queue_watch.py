@@ -14,13 +14,13 @@ from comfy_client import queue_watch
 from comfy_client.account import Accountant
 from comfy_client.queue_watch import QueueWatch
 from comfy_client.saving import Batch, job_of
-from comfy_client.server import Server
-from handlers.engine.saving.decode_queue import DecodeQueue
+from engine.saving.decode_queue import DecodeQueue
+from luna_client.server import Server
 from luna_protocol.errors import Unavailable
 from luna_protocol.messages import validate
 from luna_protocol.save_job import SaveAccepted
 from serving.torchserve import TorchServe
-from tests.handlers.engine.saving.save_jobs import a_job, latents
+from tests.engine.saving.save_jobs import a_job, latents
 
 
 class QueueOnly:

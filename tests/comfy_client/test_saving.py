@@ -5,11 +5,11 @@ import torch
 
 from comfy_client.saving import Batch, job_of
 from comfy_client.saving_here import save_here
-from handlers.engine.saving.decode_queue import DecodeQueue
-from handlers.engine.saving.decode_worker import DecodeWorker
-from handlers.engine.saving.picture_records import PictureRecords
+from engine.saving.decode_queue import DecodeQueue
+from engine.saving.decode_worker import DecodeWorker
+from engine.saving.picture_records import PictureRecords
 from luna_protocol.errors import Malformed
-from tests.handlers.engine.saving.save_jobs import decode, files_under, wait_for
+from tests.engine.saving.save_jobs import decode, files_under, wait_for
 
 LATENT = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 IMAGE = torch.rand(1, 24, 40, 3, generator=torch.Generator().manual_seed(2)) * 1.2 - 0.1

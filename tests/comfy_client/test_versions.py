@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from comfy_client.faults import DefaultVersion
+from luna_client.faults import DefaultVersion
 from luna_protocol.model_names import archive_name
 from serving.torchserve import Ports, TorchServe
 from tests.conftest import connect

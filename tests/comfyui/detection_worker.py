@@ -16,6 +16,8 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+import utils.extra_config  # noqa: E402, F401  as main.py does, before comfy's own utils can take the name
+
 from comfy_client.proxies.clip import remote_clip  # noqa: E402
 from comfy_client.proxies.model import remote_model  # noqa: E402
 from comfy_client.proxies.remote import Remote  # noqa: E402

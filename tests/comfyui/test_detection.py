@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from handlers.engine.checkpoints import detect, part_shapes, read_header
-from handlers.engine.layouts import marker_names
-from handlers.engine.weights import read_markers
+from engine.checkpoints import detect, part_shapes, read_header
+from engine.layouts import marker_names
+from engine.weights import read_markers
 from luna_protocol.messages import ModelDescription, ServedModel
 from tests import checkpoints
 from tests.comfyui.comfyui import ROOT

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from luna_protocol import PROTOCOL_VERSION
 from serving.torchserve import Ports, TorchServe
 from tests.comfyui.comfyui import ROOT, ComfyUI, Graph, RunFailed
 from tests.comfyui.workflows import empty, encode, gateway, local, remote, sample
@@ -141,15 +142,17 @@ def test_a_server_killed_in_a_run_is_told_and_its_return_is_not_noticed(stray, t
 
 def test_a_client_of_another_protocol_version(models: Path, luna: dict[str, str], tmp_path: Path) -> None:
     other = tmp_path / "other"
-    for package in ("comfy_client", "luna_protocol", "luna_pictures"):
+    for package in ("comfy_client", "luna_client", "luna_protocol", "luna_pictures"):
         shutil.copytree(ROOT / package, other / package)
     shutil.copy(ROOT / "__init__.py", other)
     version = other / "luna_protocol" / "__init__.py"
-    version.write_text(version.read_text().replace("PROTOCOL_VERSION = 1", "PROTOCOL_VERSION = 2"))
+    ours, other_version = f"PROTOCOL_VERSION = {PROTOCOL_VERSION}", PROTOCOL_VERSION + 1
+    assert ours in version.read_text()
+    version.write_text(version.read_text().replace(ours, f"PROTOCOL_VERSION = {other_version}"))
     with ComfyUI(tmp_path / "stray", models, luna, other) as comfyui:
         g = Graph()
         _picture(g)
-        told = r"the client speaks protocol version 2, this server 1 \(update LunaServe on the older side\)"
+        told = rf"speaks protocol version {other_version}, this server {PROTOCOL_VERSION} \(update LunaServe"
         with pytest.raises(RunFailed, match=told):
             comfyui.run(g)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handlers.engine.lora.files import LoraFiles
-from handlers.engine.lora.merge import Scaled, merge
-from handlers.engine.lora.names import Targets
+from engine.lora.files import LoraFiles
+from engine.lora.merge import Scaled, merge
+from engine.lora.names import Targets
 from tests.loras import FORMATS, ONLY_3X3, file_of
 
 SHAPES = {

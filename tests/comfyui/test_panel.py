@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from comfy_client.saving import Batch, job_of
-from handlers.engine.saving.decode_queue import DecodeQueue
+from engine.saving.decode_queue import DecodeQueue
 from luna_protocol.save_job import CancelJobs, QueueStatus
 from serving.torchserve import TorchServe
 from tests.comfyui.browser import Browser, browser
 from tests.comfyui.comfyui import ComfyUI, Graph, RunFailed
 from tests.comfyui.workflows import empty, encode, remote, sample
 from tests.conftest import connect
-from tests.handlers.engine.saving.save_jobs import a_job
+from tests.engine.saving.save_jobs import a_job
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import torch
 import urllib3
 import yaml
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.messages import UNetForward
 from serving.torchserve import TorchServe
 from tests.deploy.test_configurations import DEPLOY, expressions, needs

@@ -15,10 +15,10 @@ import pytest
 import torch
 import urllib3
 
-from comfy_client.faults import Unauthorized
-from comfy_client.manager import Timeouts
-from comfy_client.server import Server
-from handlers.worker_state import live_workers
+from handlers.engine_link import served
+from luna_client.faults import Unauthorized
+from luna_client.manager import Timeouts
+from luna_client.server import Server
 from luna_protocol.messages import UNetForward
 from serving.archives import pack_checkpoint
 from tests.checkpoints import write
@@ -74,7 +74,7 @@ class Node:
             return False
 
     def requests(self) -> int:
-        return sum(worker.requests for worker in live_workers(self.run).get(MODEL, []))
+        return sum(worker.requests for worker in served(self.run).get(MODEL, []))
 
     def kill(self) -> None:
         """As if the machine lost its power: everything in the namespace, at once."""

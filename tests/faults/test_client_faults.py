@@ -11,8 +11,8 @@ import pytest
 import torch
 import urllib3
 
-from comfy_client.faults import Unreachable
-from comfy_client.server import Server
+from luna_client.faults import Unreachable
+from luna_client.server import Server
 from luna_protocol.errors import Broken, Full, LunaError, NotFound, TooLarge, Unavailable
 from luna_protocol.messages import UNetForward, VaeDecode
 from serving.torchserve import TorchServe
@@ -40,8 +40,8 @@ def test_a_probe_is_a_plain_get(torchserve: TorchServe, served_tiny: str) -> Non
 
 def test_full_broken_absent_and_gone_are_four_things(server, torchserve, served_tiny, serve, home, tmp_path) -> None:
     model = f"{served_tiny}.unet"
-    # Full: more requests than the queue takes, from clients that do not wait.
-    hasty = connect(torchserve, patience=0)
+    # Full: more requests than TorchServe's queue takes, from clients that do not wait.
+    hasty = connect(torchserve, doors=False, patience=0)
     errors: list[LunaError] = []
     work = {"x": torch.ones(1, 4, 32, 32), "timesteps": torch.ones(1), "context": torch.ones(1, 77, 64)}
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.blob import METADATA_KEY, content_hash, pack
 from luna_protocol.messages import (
     ClipEncode,

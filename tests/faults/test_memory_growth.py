@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from luna_protocol.shared_memory import FOLDER as SEGMENTS
 from serving.torchserve import TorchServe
@@ -39,8 +39,9 @@ def test_memory_stays_as_it_was_after_the_first_rounds(torchserve, server: Serve
     model = f"{served_tiny}.unet"
     folder = home / "models" / "loras"
     loras = [write_lora(folder / f"growth{seed}.safetensors", "tiny_sd15", seed=seed).name for seed in range(3)]
-    worker = psutil.Process(server.describe(model)["workers"][0]["pid"])
-    segments = set(SEGMENTS.glob("luna-*"))
+    [engine] = (each.workers[0].pid for each in server.index().models if each.name == model)
+    worker = psutil.Process(engine)
+    segments = set(SEGMENTS.glob(f"luna-{os.getpid()}-*"))
     used, opened = [], []
     for _ in range(6):
         with ThreadPoolExecutor(CLIENTS) as threads:
@@ -52,4 +53,4 @@ def test_memory_stays_as_it_was_after_the_first_rounds(torchserve, server: Serve
     # A request's tensors are 30 kB: what 160 of them leave behind would be 5 MB a round, an overlay each 40 MB.
     assert used[-1] - used[1] < 6, used
     assert opened[-1] - opened[1] < 4 * CLIENTS, opened
-    assert set(SEGMENTS.glob("luna-*")) <= segments
+    assert set(SEGMENTS.glob(f"luna-{os.getpid()}-*")) <= segments

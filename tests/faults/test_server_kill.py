@@ -11,9 +11,9 @@ import psutil
 import pytest
 import yaml
 
-from comfy_client.faults import Unreachable
-from comfy_client.server import Server
-from handlers.engine.saving.decode_queue import DecodeQueue
+from engine.saving.decode_queue import DecodeQueue
+from luna_client.faults import Unreachable
+from luna_client.server import Server
 from luna_protocol.messages import RepositoryIndex
 from luna_protocol.save_job import QueueStatus
 from serving.archives import pack_checkpoint, pack_repository
@@ -21,8 +21,8 @@ from serving.specs import FOLDER
 from serving.torchserve import Ports, TorchServe
 from tests.checkpoints import write
 from tests.conftest import connect
-from tests.handlers.engine.saving.postgres import postgres
-from tests.handlers.engine.saving.save_jobs import a_job, check_each_done_once, latents
+from tests.engine.saving.postgres import postgres
+from tests.engine.saving.save_jobs import a_job, check_each_done_once, latents
 
 MODELS = ("repository", "tiny.vae")
 JOBS = 20

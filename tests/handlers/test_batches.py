@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from handlers.engine.unet import UNet
+from engine.unet import UNet
 from luna_protocol.messages import FreeU
 from tests.handlers.test_step_cache_in_batches import request, served  # noqa: F401
 

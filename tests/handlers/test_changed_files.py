@@ -22,7 +22,7 @@ def test_a_file_overwritten_in_place_breaks_the_model(served, file, tmp_path):  
         [error] = worker.answer(request(1, 0))
         assert isinstance(error, Broken) and error.status == 503
         assert "tiny.safetensors was overwritten" in error.message
-    assert worker.handler.state.record.worker.state == "failed"
+    assert worker.model.worker.state == "failed"
 
 
 def test_a_file_put_in_its_place_changes_nothing(served, file, tmp_path):  # noqa: F811
@@ -32,6 +32,17 @@ def test_a_file_put_in_its_place_changes_nothing(served, file, tmp_path):  # noq
     assert torch.equal(worker.answer(request(1, 0))[0][1]["out"], before)
     file.unlink()
     assert torch.equal(worker.answer(request(1, 0))[0][1]["out"], before)
+
+
+def test_a_parked_model_does_not_come_back_as_another(served, file, tmp_path):  # noqa: F811
+    worker = served()
+    before = worker.answer(request(1, 0))[0][1]["out"]
+    worker.model.role.weights.park()
+    assert torch.equal(worker.answer(request(1, 0))[0][1]["out"], before)
+    worker.model.role.weights.park()
+    checkpoints.write(tmp_path / "other.safetensors", "tiny_sd15", seed=1).replace(file)
+    [error] = worker.answer(request(1, 0))
+    assert isinstance(error, Broken) and "not what was loaded" in error.message
 
 
 def test_another_family_under_the_old_name_is_refused(served, file):  # noqa: F811

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.blob import pack
 from luna_protocol.errors import Impossible, Malformed
 from luna_protocol.messages import RepositoryIndex, VaeDecode
 from luna_protocol.save_job import CancelJobs, JobStatus, PurgeJobs, QueueReport, QueueStatus, SaveAccepted, SaveJob
 from serving.keeper import Registered
-from tests.handlers.engine.saving.save_jobs import a_job, check_complete
+from tests.engine.saving.save_jobs import a_job, check_complete
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_other_users_can_read_nothing_of_spool_and_run_folder(server, vae, home)
     paths = [path for root in ("spool", "run") for path in (home / root, *(home / root).rglob("*"))]
     found = {path.relative_to(home).as_posix(): stat.filemode(path.stat().st_mode) for path in paths}
     assert {"spool/jobs.sqlite3-wal", "spool/pictures.sqlite3", "run/key_file.json", "run/logs/ts_log.log"} <= {*found}
-    assert any(name.startswith("run/workers/") for name in found)
+    assert any(name.startswith("run/engines/") for name in found)
     # Kernels that torch compiled hold nothing of a request.
     of_people = {name: mode for name, mode in found.items() if not name.startswith("run/compiled")}
     readable = {name: mode for name, mode in of_people.items() if mode not in ("drwx------", "-rw-------")}

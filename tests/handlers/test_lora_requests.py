@@ -13,12 +13,12 @@ import torch
 import urllib3
 from safetensors.torch import load_file, save_file
 
-from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.lora.files import LoraFiles
-from handlers.engine.lora.names import text_targets, unet_targets
-from handlers.engine.lora.overlays import Overlays
-from handlers.engine.text_encoder import TextEncoder
-from handlers.engine.unet import UNet
+from engine.checkpoints import detect, read_header
+from engine.lora.files import LoraFiles
+from engine.lora.names import text_targets, unet_targets
+from engine.lora.overlays import Overlays
+from engine.text_encoder import TextEncoder
+from engine.unet import UNet
 from luna_protocol.blob import set_hash
 from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound
 from luna_protocol.messages import ClipEncode, LoraUse, UNetForward

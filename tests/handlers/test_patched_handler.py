@@ -1,13 +1,12 @@
-"""How the UNet's handler runs requests with different LoRA stacks that came together."""
+"""How a UNet's role runs requests with different LoRA stacks that came together."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from handlers.engine.tensor_cache import TensorCache
-from handlers.role_handler import Item
-from handlers.settings import UNetSettings
-from handlers.unet_forward import UNetHandler
+from engine.role import Item
+from engine.roles.unet import UNetRole
+from engine.settings import UNetSettings
 from luna_protocol.blob import set_hash
 from luna_protocol.errors import Malformed
 from luna_protocol.messages import LoraUse, StepCache, UNetForward
@@ -24,11 +23,10 @@ def home(tmp_path_factory):
 
 
 def handler(home, overlay_mb):
-    made = UNetHandler()
-    made.settings = UNetSettings(
+    settings = UNetSettings(
         role="unet", home=home, checkpoint="tiny.safetensors", lora_overlay_mb=overlay_mb, dtype="fp32"
     )
-    made.device, made.dtype, made.tensors = torch.device("cpu"), torch.float32, TensorCache(1)
+    made = UNetRole("tiny.unet", settings, torch.device("cpu"))
     made.load()
     return made
 

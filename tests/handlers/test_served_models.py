@@ -11,7 +11,7 @@ import pytest
 import torch
 import urllib3
 
-from handlers.engine import tokenizer
+from engine import tokenizer
 from luna_protocol.blob import pack
 from luna_protocol.errors import Impossible, LunaError, Malformed, NotFound, from_json
 from luna_protocol.messages import ClipEncode, ClipText, Tiling, UNetForward, VaeDecode, VaeEncode

@@ -1,42 +1,48 @@
-"""What TorchServe hands over as one batch: step caching beside other clients' rows, LoRAs and faults."""
+"""Requests that wait together and run as one forward: step caching beside other clients' rows, LoRAs and faults."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from ts.context import Context, RequestProcessor
-from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
-from handlers.unet_forward import UNetHandler
+from engine.engine import Engine
+from engine.role import Item
+from engine.scheduler import Call
 from luna_protocol.blob import pack, unpack
 from luna_protocol.errors import Broken, Impossible, from_json
-from luna_protocol.messages import LoraUse, StepCache, UNetForward
+from luna_protocol.messages import LoraUse, StepCache, UNetForward, parse_request
 from tests import checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = checkpoints.SHAPES["tiny_sd15"].unet
 
 
 class Served:
-    """A UNet's handler in this process, in TorchServe's own context."""
+    """A UNet in an engine of this process."""
 
     def __init__(self, home, **settings):
         settings = {"role": "unet", "home": str(home), "family": "sd15", "checkpoint": "tiny.safetensors", **settings}
-        metrics = MetricsCacheYamlImpl(str(ROOT / "metrics.yaml"))
-        metrics.initialize_cache()
-        manifest = {"model": {"modelVersion": "1.0"}}
-        more = {"metrics": metrics, "model_yaml_config": {"handler": settings}}
-        self.context = Context("tiny.unet", str(home), manifest, 8, None, "", **more)
-        self.handler = UNetHandler()
-        self.handler.initialize(self.context)
+        self.engine = Engine("cpu")
+        self.model = self.engine.hold("tiny.unet", settings, self, 600)
 
     def answer(self, *requests):
-        """(message, tensors) for a reply, the error for an error, of requests that come as one batch."""
-        self.context.request_processor = [RequestProcessor({}) for _ in requests]
-        replies = self.handler.handle([{"body": request} for request in requests], self.context)
-        return [from_json(reply) or unpack(reply) for reply in replies]
+        """(message, tensors) for a reply, the error for an error, of requests that wait together."""
+        if len(requests) == 1:
+            body = bytearray(self.engine.predict("tiny.unet", *requests, "test").body)
+            return [from_json(body) or unpack(body)]
+        calls = []
+        for request in requests:
+            message, tensors = unpack(request)
+            item = Item(parse_request(message, (UNetForward,)), tensors)
+            calls.append(Call(self.model.role, item, "test"))
+        self.engine.scheduler.submit(*calls)
+        return [self._outcome(call) for call in calls]
+
+    def _outcome(self, call):
+        if error := call.outcome.exception(60):
+            return error
+        reply = call.outcome.result()
+        return reply.message.model_dump(), reply.tensors
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_a_request_is_found_by_its_kind():
         ({"kind": "vae_decode", "tiling": {"tile_size": 130}}, Impossible, "multiple of 8"),
         ({"kind": "unet_forward", "references": {"x": "../../etc"}}, Impossible, "references"),
         ({"kind": "unet_forward", "lora": [{"name": "a", "strength_patch": math.nan}]}, Impossible, "finite"),
-        ({"kind": "unet_forward", "version": 2}, VersionMismatch, "version 2"),
+        ({"kind": "unet_forward", "version": 1}, VersionMismatch, "version 1"),
         ({"kind": "unet_forward", "version": "1"}, VersionMismatch, "'1'"),
     ],
 )

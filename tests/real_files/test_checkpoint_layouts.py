@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.layouts import marker_names
-from handlers.engine.text_encoder import TextEncoder
-from handlers.engine.trial import try_parts
-from handlers.engine.unet import UNet
-from handlers.engine.unet_layout import UNetLayout
-from handlers.engine.vae import VAE
-from handlers.engine.weights import read_markers
+from engine.checkpoints import detect, read_header
+from engine.layouts import marker_names
+from engine.text_encoder import TextEncoder
+from engine.trial import try_parts
+from engine.unet import UNet
+from engine.unet_layout import UNetLayout
+from engine.vae import VAE
+from engine.weights import read_markers
 from tests import checkpoints
 
 CPU = torch.device("cpu")

@@ -5,13 +5,12 @@ import random
 import pytest
 import torch
 
-from comfy_client import server as server_module
-from comfy_client.row_groups import in_groups, row_groups, rows_in_a_body
-from comfy_client.server import Server
-from handlers.clip_encode import ClipHandler
-from handlers.engine.tensor_cache import TensorCache
-from handlers.role_handler import Item
-from handlers.settings import PatchedSettings
+from engine.role import Item
+from engine.roles.clip import ClipRole
+from engine.settings import PatchedSettings
+from luna_client import server as server_module
+from luna_client.row_groups import in_groups, row_groups, rows_in_a_body
+from luna_client.server import Server
 from luna_protocol import MAX_BODY_BYTES
 from luna_protocol.blob import pack, set_hash
 from luna_protocol.errors import MAX_TEXT, Broken, Impossible, Malformed, OutOfMemory, TooLarge, from_json
@@ -122,7 +121,9 @@ def test_uploads_over_the_limit_of_a_body_come_one_after_the_other(worker, monke
     whole = server.call("tiny.unet", request, tensors_of(1) | own)[1]["out"]
     assert len(sizes) == 2
 
-    worker.handler.take_loras(worker.handler.unet.model, worker.handler.overlays._files._targets)  # forgets them
+    worker.model.role.take_loras(
+        worker.model.role.unet.model, worker.model.role.overlays._files._targets
+    )  # forgets them
     sizes.clear()
     limit = sum(each.nbytes for each in tensors_of(1).values()) + 2 * 64 * 64 * 4 + 1000
     monkeypatch.setattr(server_module, "MAX_BODY_BYTES", limit)
@@ -137,9 +138,8 @@ def test_uploads_over_the_limit_of_a_body_come_one_after_the_other(worker, monke
 def clip(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     checkpoints.write(home / "models" / "checkpoints" / "tiny.safetensors", "tiny_sd15")
-    made = ClipHandler()
-    made.settings = PatchedSettings(role="clip", home=home, checkpoint="tiny.safetensors", dtype="fp32", family="sd15")
-    made.device, made.dtype, made.tensors = torch.device("cpu"), torch.float32, TensorCache(1)
+    settings = PatchedSettings(role="clip", home=home, checkpoint="tiny.safetensors", dtype="fp32", family="sd15")
+    made = ClipRole("tiny.clip", settings, torch.device("cpu"))
     made.load()
     return made
 
@@ -168,7 +168,7 @@ def test_tensors_that_nothing_would_use_are_named(worker, case):
 
 
 def test_residuals_of_every_place_fit_where_the_unet_adds_them(worker):
-    shapes = worker.handler.unet.control_shapes(9, 7)  # odd sides round up
+    shapes = worker.model.role.unet.control_shapes(9, 7)  # odd sides round up
     control = {
         f"control.{place}.{index}": torch.zeros(1, *shape)
         for place, all_of_it in shapes.items()
@@ -195,8 +195,8 @@ def test_a_refusal_never_echoes_more_than_a_screen(worker):
 
 
 def test_a_model_that_did_not_load_answers_with_a_fresh_error_each_time(worker):
-    worker.handler.failure = Broken("changed under its feet", "load it again")
+    worker.model.role, worker.model.failure = None, Broken("changed under its feet", "load it again")
     for _ in range(3):
         [error] = worker.answer(pack(UNetForward(), tensors_of(1)))
         assert "changed under its feet" in error.message
-    assert worker.handler.failure.__traceback__ is None
+    assert worker.model.failure.__traceback__ is None

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from handlers.engine.lora.files import LoraFiles
-from handlers.engine.lora.merge import Scaled, merge
-from handlers.engine.lora.names import text_targets, unet_targets
-from handlers.engine.unet_layout import UNetLayout
+from engine.lora.files import LoraFiles
+from engine.lora.merge import Scaled, merge
+from engine.lora.names import text_targets, unet_targets
+from engine.unet_layout import UNetLayout
 from luna_protocol.messages import LoraUse, Patched
 from tests import checkpoints
 from tests.loras import file_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from handlers.engine.roots import confined, find, names_below
+from engine.roots import confined, find, names_below
 from luna_protocol.errors import Impossible, Malformed, NotFound
 from luna_protocol.messages import Index, ServedModel
 from luna_protocol.model_names import role_of

@@ -15,13 +15,13 @@ from safetensors.torch import load
 from comfy_client.queue_watch import QueueWatch
 from comfy_client.saving import Batch, job_of
 from comfy_client.saving_here import save_here
-from handlers.engine.saving.decode_queue import DecodeQueue
-from handlers.engine.saving.decode_worker import DecodeWorker
-from handlers.engine.saving.picture_records import PICTURES, PictureRecords
+from engine.saving.decode_queue import DecodeQueue
+from engine.saving.decode_worker import DecodeWorker
+from engine.saving.picture_records import PICTURES, PictureRecords
 from luna_protocol.blob import pack, unpack
 from luna_protocol.errors import Impossible
 from luna_protocol.save_job import JobStatus, QueueStatus, SaveAccepted, SaveJob
-from tests.handlers.engine.saving.save_jobs import decode, files_under, wait_for
+from tests.engine.saving.save_jobs import decode, files_under, wait_for
 
 LATENT = torch.rand(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 NAN = float("nan")

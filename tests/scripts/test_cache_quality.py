@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from handlers.engine.step_presets import Presets, Setting
+from engine.step_presets import Presets, Setting
 from scripts.cache_quality import Comparison, compare, psnr, ssim
 from scripts.sampling import SAMPLERS, Painter
 from serving.torchserve import ROOT

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from serving.torchserve import ROOT, TorchServe
 from tests.checkpoints import write
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from handlers.engine.saving.decode_queue import DecodeQueue
+from engine.saving.decode_queue import DecodeQueue
 from luna_protocol.save_job import QueueStatus
 from serving.torchserve import ROOT, TorchServe
-from tests.handlers.engine.saving.save_jobs import a_job
+from tests.engine.saving.save_jobs import a_job
 
 pytestmark = pytest.mark.slow
 

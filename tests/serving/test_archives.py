@@ -49,9 +49,9 @@ def test_an_archive_carries_our_code_and_nothing_else(checkpoint, home, store) -
     pack_checkpoint(checkpoint, store, home=home)
     with zipfile.ZipFile(store / "tiny.vae.mar") as packed:
         names = packed.namelist()
-    assert {"model-config.yaml", "vae_decode_save.py", "luna_protocol/blob.py", "handlers/engine/vae.py"} <= set(names)
+    assert {"model-config.yaml", "relay.py", "luna_protocol/blob.py", "engine/vae.py"} <= set(names)
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"MAR-INF", "model-config.yaml", "vae_decode_save.py", "luna_protocol", "luna_pictures", "handlers"}
+    assert tops == {"MAR-INF", "model-config.yaml", "relay.py", "luna_protocol", "luna_pictures", "engine", "handlers"}
     assert not [name for name in names if "__pycache__" in name]
 
 

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.messages import Worker
 from serving import loading
 

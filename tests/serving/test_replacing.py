@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import ReplaceModel, UNetForward
 from serving.torchserve import TorchServe

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from handlers.worker_state import KEEPER
 from serving.run_folder import RunFolder
 from serving.torchserve import ROOT, Ports, TorchServe
 from tests.conftest import connect
@@ -36,7 +35,6 @@ def test_what_a_killed_process_took_is_free(tmp_path) -> None:
 
 
 def test_a_second_serve_of_one_run_folder_changes_nothing(torchserve: TorchServe, tmp_path) -> None:
-    (torchserve.run / KEEPER).touch()
     before = contents(torchserve.run)
     command = [sys.executable, ROOT / "scripts" / "serve.py", "--port", "0", "--run", torchserve.run]
     done = subprocess.run(
@@ -45,17 +43,16 @@ def test_a_second_serve_of_one_run_folder_changes_nothing(torchserve: TorchServe
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"(process {os.getpid()})" in done.stdout.replace("\n", "") and "Traceback" not in done.stderr
     assert contents(torchserve.run) == before
-    (torchserve.run / KEEPER).unlink()
     assert connect(torchserve).models()  # its tokens still open it
 
 
 def test_a_serve_whose_port_is_taken_changes_nothing(torchserve: TorchServe, tmp_path, monkeypatch) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / KEEPER).touch()
+    (run / "registered.json").touch()
     (run / "key_file.json").write_text("{}")
     monkeypatch.setattr("serving.torchserve.PORT_SECONDS", 0.1)
     with pytest.raises(RuntimeError, match="is taken"):
         TorchServe(tmp_path / "store", run, torchserve.ports).start()
-    assert (run / KEEPER).exists() and (run / "key_file.json").exists()
+    assert (run / "registered.json").exists() and (run / "key_file.json").exists()
     TorchServe(tmp_path / "store", run, Ports.free())._folder.take()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.settings import SETTINGS
+from engine.settings import SETTINGS
 from serving.specs import FOLDER, SpecError, load_spec
 
 
