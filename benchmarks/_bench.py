@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from comfy_client.server import Server
+from luna_client.server import Server
+from serving.archives import pack_repository
 from serving.torchserve import ROOT, Ports, TorchServe
 
 
@@ -43,6 +44,8 @@ def scratch_home() -> Iterator[Path]:
 @contextmanager
 def serving(home: Path, models: list[str]) -> Iterator[tuple[TorchServe, Server]]:
     """A server on free ports with these models of home/model_store loaded."""
+    pack_repository(home / "model_store", home)
+    models = ["repository", *models]
     with TorchServe(home / "model_store", home / "run", Ports.free()) as torchserve:
         server = connect(torchserve)
         for model in models:
@@ -51,12 +54,22 @@ def serving(home: Path, models: list[str]) -> Iterator[tuple[TorchServe, Server]
         yield torchserve, server
 
 
-def connect(torchserve: TorchServe) -> Server:
-    return Server(torchserve.inference, torchserve.management, torchserve.key_file)
+def connect(torchserve: TorchServe, doors: bool = True) -> Server:
+    return Server(torchserve.inference, torchserve.management, torchserve.key_file, doors=doors)
 
 
-def pack_handler(home: Path, model: str, handler: Path, config: dict[str, Any]) -> str:
-    """Pack a handler of a benchmark's own with our packages and a model-config.yaml; returns the model's name."""
+def pack_unet(home: Path, model: str, role: Path, config: dict[str, Any]) -> str:
+    """Pack a UNet whose role is a benchmark's own, a file that finds ours as `engine.roles.ours`; returns the
+    model's name."""
+    ours = ROOT / "engine" / "roles" / "unet.py"
+    swapped = {"engine/roles/unet.py": role, "engine/roles/ours.py": ours}
+    return pack_handler(home, model, ROOT / "handlers" / "relay.py", config, swapped)
+
+
+def pack_handler(
+    home: Path, model: str, handler: Path, config: dict[str, Any], swapped: Mapping[str, Path] | None = None
+) -> str:
+    """Pack a handler with our packages, files of them `swapped`, and a model-config.yaml; returns the model's name."""
     store = home / "model_store"
     store.mkdir(parents=True, exist_ok=True)
     manifest = {"modelName": model, "modelVersion": "1.0", "handler": handler.name, "configFile": "model-config.yaml"}
@@ -64,9 +77,10 @@ def pack_handler(home: Path, model: str, handler: Path, config: dict[str, Any]) 
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": manifest, "runtime": "python"}))
         archive.writestr("model-config.yaml", yaml.safe_dump(config))
         archive.write(handler, handler.name)
-        for package in ("luna_protocol", "handlers"):
-            for file in (ROOT / package).rglob("*.py"):
-                archive.write(file, file.relative_to(ROOT).as_posix())
+        packages = ("luna_protocol", "luna_pictures", "engine", "handlers")
+        files = {file.relative_to(ROOT).as_posix(): file for name in packages for file in (ROOT / name).rglob("*.py")}
+        for name, file in (files | dict(swapped or {})).items():
+            archive.write(file, name)
     return model
 
 

@@ -1,5 +1,5 @@
 """What sharing brings: 1, 2, 4 and 8 clients stepping together through one server, against as many separate processes
-that each load the model, on the same cores.
+that each load the model, on the same cores; and how long the steps of a single picture take beside a batch of 16.
 
 Random weights in fp32, cond and uncond of 128 x 128 px pictures: a miniature with --quick, else a full-width SD1.5
 UNet. The server's worker may use every core; the separate processes share them out. They are the clients themselves,
@@ -85,6 +85,8 @@ def main() -> None:
             throughput[str(count)] = shared["pictures"] / separate["pictures"]
             rows.append([count, "separate", *separate.values(), pss(client.process for client in clients) / 1e6])
             rows.append([count, "one server", *shared.values(), memory[count] / 1e6])
+        end(clients)
+        single = single_beside_batch(way, 30 if options.quick else 60)
     show(
         f"{'Miniature' if options.quick else 'SD1.5'} at {SIDE * 8} px, {CORES} cores",
         ["clients", "", "pictures a minute", "p50 step, ms", "p99 step, ms", "PSS of all, MB"],
@@ -94,6 +96,7 @@ def main() -> None:
         {
             "throughput_ratio": dict(reversed(throughput.items())),
             "memory_over_one_model": {str(count): size / one_model for count, size in memory.items()},
+            "single_p99_over_batch": single,
         }
     )
 
@@ -109,6 +112,21 @@ def stepping(clients: list[Client], way: str, threads: int, steps: int) -> dict[
         "p50": statistics.median(seconds) * 1e3,
         "p99": p99_ms(seconds),
     }
+
+
+def single_beside_batch(way: dict, steps: int) -> float:
+    """The 99th percentile of a single picture's steps while another client steps with a batch of 16, over the median
+    of that batch's steps alone."""
+    clients = [Client(way | {"rows": 32}, 0), Client(way, 1)]
+    batch, single = clients
+    alone = statistics.median(together([batch], "served", 1, 5)[1:])
+    together([single], "served", 1, 2)
+    batch.go("served", 1, steps)
+    single.go("served", 1, steps)
+    beside = p99_ms(single.seconds()) / 1e3
+    batch.seconds()
+    end(clients)
+    return beside / alone
 
 
 def together(clients: list[Client], way: str, threads: int, steps: int) -> list[float]:

@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from comfy_client.server import Server
+from luna_client.server import Server
 from serving.archives import pack_checkpoint, pack_repository
 from serving.torchserve import Ports, TorchServe
 from tests import checkpoints

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._bench import arguments, conclude, in_turns, median_ms, scratch_home, serving, show
-from comfy_client.server import Server
-from handlers.engine.saving.decode_queue import DecodeQueue
-from handlers.engine.saving.decode_worker import DecodeWorker
-from handlers.engine.saving.picture_records import PictureRecords
+from engine.saving.decode_queue import DecodeQueue
+from engine.saving.decode_worker import DecodeWorker
+from engine.saving.picture_records import PictureRecords
+from luna_client.server import Server
 from luna_pictures.encoding import encode
 from luna_protocol.blob import pack
 from luna_protocol.messages import DescribeModel, UNetForward, VaeDecode

@@ -1,25 +1,22 @@
-"""A UNet that computes nothing, so that only the way to it is measured; transport.py packs it into an archive."""
+"""A UNet that computes nothing, so that only the way to it is measured; it stands in for the role of an archive."""
 
 from types import SimpleNamespace
 
 from torch import nn
 
-from handlers.engine.lora.names import unet_targets
-from handlers.engine.step_cache import StepCache
-from handlers.unet_forward import UNetHandler
+from engine.lora.names import unet_targets
+from engine.roles import ours
+from engine.step_cache import StepCache
 
 
-class InstantUNet(UNetHandler):
-    """Ours in all but the forward: SDXL's checks, batching, stacks and replies around a UNet that returns x."""
+class UNetRole(ours.UNetRole):
+    """Ours in all but the forward: SDXL's checks, joining, stacks and replies around a UNet that returns x."""
 
     def load(self) -> None:
         layout = SimpleNamespace(in_channels=4, context_dim=2048, adm_channels=2816)
         self.unet = SimpleNamespace(layout=layout, forward=_forward, input_blocks=(), output_blocks=())
         self.step_cache = StepCache(self.unet, capacity=0, ttl=1)
         self.take_loras(nn.Linear(1, 1), unet_targets({}))
-
-    def weights_bytes(self) -> int:
-        return 0
 
 
 def _forward(x, *_others):

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 
 from benchmarks._bench import arguments, conclude, in_turns, scratch_home, show
 from benchmarks.overhead import SD15
-from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.host_memory import keep_freed_memory
-from handlers.engine.lora.files import LoraFiles
-from handlers.engine.lora.names import unet_targets
-from handlers.engine.lora.overlays import Overlays, Stack
-from handlers.engine.unet import UNet
+from engine.checkpoints import detect, read_header
+from engine.host_memory import keep_freed_memory
+from engine.lora.files import LoraFiles
+from engine.lora.names import unet_targets
+from engine.lora.overlays import Overlays, Stack
+from engine.unet import UNet
 from luna_protocol.messages import LoraUse
 from tests import checkpoints
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks._bench import arguments, conclude, scratch_home, serving, show
-from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.unet import UNet
+from engine.checkpoints import detect, read_header
+from engine.unet import UNet
 from luna_protocol.blob import content_hash
 from luna_protocol.messages import UNetForward
 from serving.archives import pack_checkpoint

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._bench import arguments, conclude, pack_handler, scratch_home, serving, show
+from benchmarks._bench import arguments, conclude, pack_unet, scratch_home, serving, show
 from benchmarks.transport import ALONE, COMMON, HERE, step, step_tensors
-from handlers.engine.checkpoints import detect, read_header
-from handlers.engine.lora.files import LoraFiles
-from handlers.engine.lora.names import unet_targets
-from handlers.engine.lora.overlays import Overlays
-from handlers.engine.saving.decode_queue import DecodeQueue
-from handlers.engine.saving.job_store import Limits
-from handlers.engine.unet import UNet
+from engine.checkpoints import detect, read_header
+from engine.lora.files import LoraFiles
+from engine.lora.names import unet_targets
+from engine.lora.overlays import Overlays
+from engine.saving.decode_queue import DecodeQueue
+from engine.saving.job_store import Limits
+from engine.unet import UNet
 from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from luna_protocol.save_job import PictureGroup, SaveJob
 from serving.archives import pack_checkpoint
@@ -40,8 +40,9 @@ def main() -> None:
         file = checkpoints.write(home / "models" / "checkpoints" / "tiny.safetensors", "tiny_sd15")
         models = [archive.model for archive in pack_checkpoint(file, home / "model_store", "tiny", "fp32", home)]
         unet = next(model for model in models if model.endswith(".unet"))
-        config = COMMON | ALONE | {"handler": {"role": "unet", "home": str(home), "dtype": "fp16"}}
-        instant = pack_handler(home, "instant.unet", HERE / "instant_unet.py", config)
+        handler = {"role": "unet", "home": str(home), "dtype": "fp16", "checkpoint": file.name}
+        config = COMMON | ALONE | {"handler": handler}
+        instant = pack_unet(home, "instant.unet", HERE / "instant_unet.py", config)
         with serving(home, [unet, instant]) as (_, server):
             costs = {
                 "clients": sessions(server, unet, repeats),

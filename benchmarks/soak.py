@@ -29,8 +29,8 @@ import torch
 import yaml
 
 from benchmarks._bench import conclude, connect, scratch_home, serving, show
-from comfy_client.manager import Timeouts
-from comfy_client.server import Server
+from luna_client.manager import Timeouts
+from luna_client.server import Server
 from luna_protocol.errors import LunaError, Unavailable
 from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from luna_protocol.shared_memory import FOLDER as SEGMENTS

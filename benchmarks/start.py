@@ -19,8 +19,8 @@ import torch
 
 from benchmarks._bench import arguments, conclude, scratch_home, show
 from benchmarks.overhead import MINIATURE, SD15
-from comfy_client.manager import Timeouts
-from comfy_client.server import Server
+from luna_client.manager import Timeouts
+from luna_client.server import Server
 from luna_protocol.errors import LunaError
 from luna_protocol.messages import UNetForward
 from serving.archives import pack_checkpoint, pack_repository

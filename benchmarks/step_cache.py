@@ -15,12 +15,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks._bench import conclude, in_turns, show
-from handlers.engine import step_cache
-from handlers.engine.step_cache import StepCache, rows_of
-from handlers.engine.step_policies import policy
-from handlers.engine.step_presets import ANY, Presets, Setting
-from handlers.engine.unet import UNet
-from handlers.engine.unet_layout import UNetLayout
+from engine import step_cache
+from engine.step_cache import StepCache, rows_of
+from engine.step_policies import policy
+from engine.step_presets import ANY, Presets, Setting
+from engine.unet import UNet
+from engine.unet_layout import UNetLayout
 from scripts.cache_quality import Comparison, compare
 from scripts.sampling import SAMPLERS, Painter
 from training.evaluate import held_out

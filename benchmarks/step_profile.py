@@ -1,7 +1,7 @@
 """Where the time of one served step goes, as a table and, with --svg FILE, as the picture in docs/performance.md.
 
-A miniature's step (cond and uncond, 128 px) by shared memory. Client and worker read the same clock, so that the two
-ways between them, through HTTP, the JVM and its worker's socket, are what lies between their marks.
+A miniature's step (cond and uncond, 128 px) by the engine's door and shared memory. Client and engine read the same
+clock, so that the two ways between them are what lies between their marks.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from benchmarks._bench import arguments, conclude, pack_handler, scratch_home, serving, show
+from benchmarks._bench import arguments, conclude, pack_unet, scratch_home, serving, show
 from benchmarks.overhead import MINIATURE
 from benchmarks.transport import ALONE, COMMON, HERE
 from luna_protocol.blob import content_hash
@@ -20,11 +20,10 @@ from tests import checkpoints
 
 PARTS = {
     "client: write the request": "#4878a8",
-    "HTTP, JVM, worker's socket": "#b0b0b0",
-    "worker: read and check": "#e0a030",
+    "door, engine: read": "#b0b0b0",
+    "engine: check, join": "#e0a030",
     "forward": "#6a9a58",
-    "worker: write the reply": "#e0a030",
-    "worker's socket, JVM, HTTP": "#b0b0b0",
+    "engine: write the reply, door": "#b0b0b0",
     "client: read the reply": "#4878a8",
 }
 
@@ -36,13 +35,13 @@ def main() -> None:
         file = checkpoints.write(home / "models" / "checkpoints" / "miniature.safetensors", MINIATURE)
         handler = {"role": "unet", "family": "sd15", "home": str(home), "checkpoint": file.name, "dtype": "fp32"}
         handler["checkpoint_roots"] = [str(file.parent)]
-        model = pack_handler(home, "timed.unet", HERE / "timed_unet.py", COMMON | ALONE | {"handler": handler})
+        model = pack_unet(home, "timed.unet", HERE / "timed_unet.py", COMMON | ALONE | {"handler": handler})
         with serving(home, [model]) as (_, server):
             ours = steps(server, model, 50 if options.quick else 300)
         theirs = [json.loads(line) for line in (home / "marks.jsonl").read_text().splitlines()[-len(ours) :]]
     marks = [
-        (start, sent, *worker, answered, done)
-        for (start, sent, answered, done), worker in zip(ours, theirs, strict=True)
+        (start, sent, *engine, answered, done)
+        for (start, sent, answered, done), engine in zip(ours, theirs, strict=True)
     ]
     parts = [[after - before for before, after in itertools.pairwise(each)] for each in marks]
     milliseconds = {
@@ -56,7 +55,7 @@ def main() -> None:
 
 
 def steps(server, model: str, count: int) -> list[tuple[float, ...]]:
-    """The client's marks of each step: begun, request handed to HTTP, answer there, done."""
+    """The client's marks of each step: begun, request handed over, answer there, done."""
     context = torch.randn(2, 77, MINIATURE.unet.context)
     tensors = {"x": torch.randn(2, 4, 16, 16), "timesteps": torch.full((2,), 500.0), "context": context}
     request = UNetForward(references={"context": content_hash(context)})

@@ -19,7 +19,7 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Each imports what it needs when it is asked for: the memory of those that never ask is measured.
 def served(way: dict, context: torch.Tensor) -> Step:
-    from comfy_client.server import Server
+    from luna_client.server import Server
 
     server = Server(way["inference"], way["management"], Path(way["key_file"]))
     request = UNetForward(references={"context": content_hash(context)})
@@ -31,8 +31,8 @@ def served(way: dict, context: torch.Tensor) -> Step:
 
 
 def local(way: dict, context: torch.Tensor) -> Step:
-    from handlers.engine.checkpoints import detect, read_header
-    from handlers.engine.unet import UNet
+    from engine.checkpoints import detect, read_header
+    from engine.unet import UNet
 
     file = Path(way["file"])
     unet = UNet.load(file, detect(read_header(file)).parts["unet"], torch.float32, torch.device("cpu"))
@@ -42,8 +42,9 @@ def local(way: dict, context: torch.Tensor) -> Step:
 @torch.inference_mode()
 def main(way: dict) -> None:
     generator = torch.Generator().manual_seed(way["seed"])
-    context = torch.randn(2, 77, way["context_dim"], generator=generator)
-    x = torch.randn(2, 4, SIDE, SIDE, generator=generator)
+    rows = way.get("rows", 2)
+    context = torch.randn(rows, 77, way["context_dim"], generator=generator)
+    x = torch.randn(rows, 4, SIDE, SIDE, generator=generator)
     loaded: dict[str, Step] = {}
     for line in sys.stdin:
         name, threads, steps = line.split()
@@ -53,7 +54,7 @@ def main(way: dict) -> None:
         seconds = []
         for number in range(int(steps)):
             begun = time.perf_counter()
-            x = x - 0.01 * loaded[name](x, torch.full((2,), 999.0 - number))
+            x = x - 0.01 * loaded[name](x, torch.full((rows,), 999.0 - number))
             seconds.append(time.perf_counter() - begun)
         print(json.dumps(seconds), flush=True)
 

@@ -1,24 +1,22 @@
-"""Our UNet handler with a clock in it; step_profile.py packs it into an archive and reads what it noted."""
+"""Our UNet's role with a clock in it, in the place of an archive's own; step_profile.py reads what it noted."""
 
 import json
 import time
 
-from handlers.unet_forward import UNetHandler
+from engine.roles import ours
 
 
-class TimedUNet(UNetHandler):
-    """Appends a line to home/marks.jsonl for each call: when it began, was decoded, was run, and was encoded."""
+class UNetRole(ours.UNetRole):
+    """Appends a line to home/marks.jsonl for each forward: when it was admitted, begun and done."""
 
-    def handle(self, data, context):
-        self.marks = [time.perf_counter()]
-        replies = super().handle(data, context)
-        self.marks.append(time.perf_counter())
-        with (self.settings.home / "marks.jsonl").open("a") as file:
-            file.write(json.dumps(self.marks) + "\n")
-        return replies
+    def admit(self, item):
+        self._admitted = time.perf_counter()
+        return super().admit(item)
 
     def run(self, items):
-        self.marks.append(time.perf_counter())
+        marks = [self._admitted, time.perf_counter()]
         replies = super().run(items)
-        self.marks.append(time.perf_counter())
+        marks.append(time.perf_counter())
+        with (self.settings.home / "marks.jsonl").open("a") as file:
+            file.write(json.dumps(marks) + "\n")
         return replies

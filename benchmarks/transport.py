@@ -16,16 +16,18 @@ from benchmarks._bench import (
     median_ms,
     p99_ms,
     pack_handler,
+    pack_unet,
     scratch_home,
     serving,
     show,
 )
 from benchmarks.origin_way import Origin
-from comfy_client.server import Server
-from comfy_client.transport import Transport
+from luna_client.server import Server
+from luna_client.transport import Transport
 from luna_protocol.blob import content_hash
 from luna_protocol.messages import UNetForward
 from serving.torchserve import TorchServe
+from tests import checkpoints
 
 HERE = Path(__file__).resolve().parent
 BATCH = {"batchSize": 4, "maxBatchDelay": 1}  # as archive_specs/unet.yaml
@@ -55,21 +57,25 @@ def main() -> None:
     torch.set_num_threads(1)
     with ExitStack() as stack:
         home = stack.enter_context(scratch_home())
-        ours = COMMON | {"handler": {"role": "unet", "home": str(home), "dtype": "fp16"}}
+        file = checkpoints.write(home / "models" / "checkpoints" / "tiny.safetensors", "tiny_sd15")
+        handler = {"role": "unet", "home": str(home), "dtype": "fp16", "checkpoint": file.name}
+        ours = COMMON | {"handler": handler}
         models = [
-            pack_handler(home, "batched.unet", HERE / "instant_unet.py", ours | BATCH),
-            pack_handler(home, "alone.unet", HERE / "instant_unet.py", ours | ALONE),
+            pack_unet(home, "batched.unet", HERE / "instant_unet.py", ours | BATCH),
+            pack_unet(home, "alone.unet", HERE / "instant_unet.py", ours | ALONE),
             pack_handler(home, "batched.echo", HERE / "echo_handler.py", COMMON | BATCH),
             pack_handler(home, "alone.echo", HERE / "echo_handler.py", COMMON | ALONE),
         ]
-        torchserve, shared = stack.enter_context(serving(home, models))
-        bodies = connect(torchserve)
+        torchserve, door = stack.enter_context(serving(home, models))
+        shared = connect(torchserve, doors=False)
+        bodies = connect(torchserve, doors=False)
         bodies._transport = Transport("http://elsewhere")
         origin = stack.enter_context(Origin())
         plain, control = step_tensors(), step_tensors() | control_tensors()
         ways = {
-            "ours, shared memory": step(shared, "batched.unet", plain),
-            "ours, shared memory, not batched": step(shared, "alone.unet", plain),
+            "ours, the engine's door": step(door, "batched.unet", plain),
+            "ours, HTTP and shared memory": step(shared, "batched.unet", plain),
+            "the same, not batched": step(shared, "alone.unet", plain),
             "ours, HTTP body": step(bodies, "batched.unet", plain),
             "TorchServe's floor: an echo of 1 KB": echo(torchserve, "batched.echo"),
             "that floor, not batched": echo(torchserve, "alone.echo"),
@@ -77,7 +83,8 @@ def main() -> None:
         }
         seconds = in_turns(ways, 3 if options.quick else 12, 20 if options.quick else 40, warm_up=20)
         heavy = {
-            "ours, shared memory": step(shared, "alone.unet", control),
+            "ours, the engine's door": step(door, "alone.unet", control),
+            "ours, HTTP and shared memory": step(shared, "alone.unet", control),
             "the origin's way": lambda: origin.step(control),
         }
         heavy_seconds = in_turns(heavy, 3 if options.quick else 8, 3)
@@ -85,10 +92,13 @@ def main() -> None:
     columns = ["", "median, ms", "99 of 100, ms"]
     show("One SDXL step at 1024 px, no forward", columns, [[n, median_ms(s), p99_ms(s)] for n, s in seconds.items()])
     show(f"The same with {size:.0f} MB", columns, [[n, median_ms(s), p99_ms(s)] for n, s in heavy_seconds.items()])
-    shm, unbatched, http_ms, floor, unbatched_floor, origin_ms = (median_ms(s) for s in seconds.values())
-    control_shm, control_origin = (median_ms(s) for s in heavy_seconds.values())
+    door_ms, shm, unbatched, http_ms, floor, unbatched_floor, origin_ms = (median_ms(s) for s in seconds.values())
+    control_door, control_shm, control_origin = (median_ms(s) for s in heavy_seconds.values())
     conclude(
         {
+            "door_ms": door_ms,
+            "door_over_origin": door_ms / origin_ms,
+            "control_door_over_origin": control_door / control_origin,
             "shm_ms": shm,
             "http_ms": http_ms,
             "floor_ms": floor,
