@@ -132,8 +132,9 @@ class Engine:
             self._leaving.append(model)
         model.settled.wait()
         if role := model.role:
-            model.role, model.failure = None, NotLoaded(f"{model.name} was unloaded", "load it again")
+            model.failure = NotLoaded(f"{model.name} was unloaded", "load it again")
             self.scheduler.drop(role, model.failure)
+            model.role = None
             role.close()
             self._forget(role)
             del role
@@ -196,10 +197,10 @@ class Engine:
         model.settled.wait()
         if model.run and is_replaced(model.run, model.name):
             raise Loading(f"{model.name} is being replaced", "try again", retry_after=1)
-        self._check_file(model)
+        role = model.role
+        self._check_file(model, role)
         if model.failure:
             raise model.failure.fresh()
-        role = model.role
         message, tensors = self.transport.receive(body)
         request = parse_request(message, (*role.accepts, Readiness))
         if isinstance(request, Readiness):
@@ -211,12 +212,12 @@ class Engine:
         self.scheduler.submit(call)
         return call.outcome.result()
 
-    def _check_file(self, model: Model) -> None:
+    def _check_file(self, model: Model, role: Role | None) -> None:
         """On a CPU weights are mapped, and wrong for good once the file was overwritten."""
-        if model.failure or self.device.type != "cpu":
+        if role is None or self.device.type != "cpu":
             return
         try:
-            model.role.file.check_mapped()
+            role.file.check_mapped()
         except Broken as error:
             model.failure = error.fresh()
             model.worker.state, model.worker.reason = "failed", str(error)

@@ -7,7 +7,7 @@ import torch
 
 from engine.memory_budget import gigabytes
 from engine.role import Role
-from luna_protocol.errors import OutOfMemory
+from luna_protocol.errors import NotLoaded, OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,14 @@ class Residency:
         self._used.pop(role, None)
 
     def bring(self, role: Role) -> None:
-        """Has the weights of `role` on the device, to be used now."""
+        """Has the weights of `role` on the device, to be used now.
+
+        Raises:
+            NotLoaded: it was removed.
+            Broken: its file is no longer what was loaded.
+        """
+        if role not in self._used:  # a request that came as its model went
+            raise NotLoaded(f"{role.name} was unloaded", "load it again")
         # Caches grow beside weights that are there, too.
         self._make_room(0 if role.weights.resident else role.weights.nbytes, role)
         if not role.weights.resident:
