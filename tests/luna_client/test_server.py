@@ -282,7 +282,7 @@ def test_a_full_server_is_asked_again_when_it_says(tmp_path: Path) -> None:
 def test_a_dead_worker_behind_a_proxy_without_management_is_waited_for(tmp_path: Path) -> None:
     died, starting = (507, {}, b'{"message": "Worker died."}'), (503, {}, b'{"message": "no worker"}')
     with misbehaving(died, starting, OUT) as (address, paths):
-        server = Server(address, f"http://127.0.0.1:{Ports.free().management}", tmp_path / "none")
+        server = Server(address, f"http://127.0.0.1:{Ports.free().management}", tmp_path / "none", doors=False)
         assert server.call("m", UNetForward(), {})[1]["out"].item() == 1
         assert paths == ["/predictions/m"] * 3
 
