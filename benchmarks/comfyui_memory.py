@@ -73,8 +73,7 @@ def _with_server(instances: int, models: Path, file: Path, home: Path) -> tuple[
         }
         shared = _measured([_start(stack, home / str(i), models, told) for i in range(instances)], remote)
         workers = [worker for model in server.index().models for worker in model.workers]
-        java = psutil.Process(workers[0].pid).parent()
-        pss = sum(_pss(process) for process in [java, *java.children(recursive=True)])
+        pss = sum(map(_pss, psutil.Process(torchserve._guard.pid).children(recursive=True)))
         return shared, Process(pss, sum(worker.weights_bytes for worker in workers) / 1e6)
 
 

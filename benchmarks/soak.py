@@ -34,7 +34,7 @@ from luna_client.server import Server
 from luna_protocol.errors import LunaError, Unavailable
 from luna_protocol.messages import LoraUse, StepCache, UNetForward
 from luna_protocol.shared_memory import FOLDER as SEGMENTS
-from serving.archives import pack_checkpoint, pack_repository
+from serving.archives import pack_checkpoint
 from serving.specs import FOLDER as SPECS
 from serving.torchserve import TorchServe
 from tests.checkpoints import write, write_lora
@@ -125,8 +125,8 @@ def soak(torchserve: TorchServe, work: Work, clients: int, checkpoint: Path, fol
     expected = forward(server, UNetForward(), x, 500)
     processes = psutil.Process(torchserve._guard.pid).children(recursive=True)
     names = ["java" if "java" in process.name() else "worker" for process in processes]
-    unet = psutil.Process(server.describe(MODEL)["workers"][0]["pid"])
-    names[processes.index(unet)] = "worker of the UNet"
+    [engine] = (model.workers[0].pid for model in server.index().models if model.name == MODEL)
+    names[processes.index(psutil.Process(engine))] = "engine"
 
     def connected(**timeouts: float) -> Server:
         return Server(torchserve.inference, torchserve.management, torchserve.key_file, Timeouts(**timeouts))
@@ -166,7 +166,7 @@ def soak(torchserve: TorchServe, work: Work, clients: int, checkpoint: Path, fol
         "files_after_a_fifth": late[0].files,
         "files_at_the_end": late[-1].files,
         "same_answer": torch.equal(forward(server, UNetForward(), x, 500), expected),
-        "base_bytes_written": written_to(unet, checkpoint),
+        "base_bytes_written": written_to(psutil.Process(engine), checkpoint),
         "same_processes": all(process.is_running() for process in processes),
     }
 
@@ -193,10 +193,9 @@ def main() -> int:
             spec = yaml.safe_load(path.read_text())
             spec["handler"] |= CACHES if path.stem == "unet" else {}
             (specs / path.name).write_text(yaml.safe_dump(spec))
-        pack_repository(home / "model_store", home)
         pack_checkpoint(file, home / "model_store", dtype="fp32", home=home, specs=specs)
         work = Work(300 if arguments.quick else arguments.steps, loras)
-        with serving(home, ["repository", MODEL]) as (torchserve, _):
+        with serving(home, [MODEL]) as (torchserve, _):
             scratch = set(Path(tempfile.gettempdir()).glob("lunaserve-*")) - scratch_before
             result = soak(torchserve, work, arguments.clients, file, [home, *scratch])
         result["leaked_folders"] = sum(folder.exists() for folder in scratch)

@@ -80,8 +80,8 @@ def main() -> None:
             "disk_s": disk,
             "cold_s": cold.unet,
             "warm_s": warm.unet,
-            "all_models_cold_s": cold.all_models,
-            "all_models_warm_s": warm.all_models,
+            "all_ready_s": cold.all_models,
+            "all_ready_warm_s": warm.all_models,
             "first_over_later_requests": over_later,
         }
     )
