@@ -151,6 +151,7 @@ class Engine:
         with self._lock:
             models = list(self._models.values())
         for model in models:
+            model.worker.relays = len(model.holders)
             if model.role:
                 model.worker.busy = self.scheduler.is_busy(model.role)
                 model.worker.resident = model.role.weights.resident

@@ -260,8 +260,9 @@ class Worker(Message):
 
     state: loading, ready, or failed (then `reason` says why). weights_bytes: what it holds, or will; budget_bytes: what
     all weights and caches may take of the device, None for no bound; resident: whether its weights are there now, or
-    come when they are wanted. busy: it computes or has requests waiting; last_used: when it last began or ended to, in
-    seconds since 1970. door: where clients of this machine can reach it without TorchServe.
+    come when they are wanted. relays: TorchServe's workers that share it. door: where clients of this machine can reach
+    it without TorchServe. busy: it computes or has requests waiting; last_used: when it last began or ended to, in
+    seconds since 1970.
     """
 
     pid: int
@@ -272,6 +273,7 @@ class Worker(Message):
     weights_bytes: int = 0
     budget_bytes: int | None = None
     resident: bool = True
+    relays: int = 1
     door: str | None = None
     requests: int = 0
     busy: bool = False

@@ -67,8 +67,8 @@ def load(
 
 
 def overview(index: Index) -> Table:
-    """What is served, one row a worker."""
-    table = Table("model", "family", "device", "dtype", "weights", "state", "file")
+    """What is served, one row a model and device."""
+    table = Table("model", "family", "device", "dtype", "weights", "state", "workers", "file")
     for model in index.models:
         for worker in model.workers:
             device = worker.device
@@ -77,7 +77,6 @@ def overview(index: Index) -> Table:
             state = worker.state if worker.resident else "parked"
             state = state if worker.state != "failed" else f"[red]failed: {escape(worker.reason)}"
             weights = f"{worker.weights_bytes / 1e6:,.0f} MB"
-            table.add_row(
-                model.name, model.family, device, worker.dtype, weights, state, escape(model.checkpoint or "")
-            )
+            file = escape(model.checkpoint or "")
+            table.add_row(model.name, model.family, device, worker.dtype, weights, state, str(worker.relays), file)
     return table
