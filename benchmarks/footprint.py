@@ -4,6 +4,7 @@ how long they take to be ready.
 Miniatures of random weights on a CPU, where a checkpoint's own 35 MB are mapped and counted once.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from benchmarks._bench import arguments, conclude, connect, scratch_home, show
 from serving.archives import pack_checkpoint, pack_repository
-from serving.loading import AT_ONCE, load
+from serving.loading import load
 from serving.torchserve import Ports, TorchServe
 from tests import checkpoints
 
@@ -29,7 +30,7 @@ def main() -> None:
             pack_checkpoint(file, home / "model_store", dtype="fp32", home=home)
         found = {count: served(home, count) for count in counts}
     rows = [[count, *found[count]] for count in counts]
-    show(f"A server on {AT_ONCE} cores", ["checkpoints", "PSS, MB", "processes", "ready after, s"], rows)
+    show(f"A server on {os.cpu_count()} cores", ["checkpoints", "PSS, MB", "processes", "ready after, s"], rows)
     least, most = min(counts), max(counts)
     conclude(
         {

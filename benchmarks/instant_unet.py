@@ -14,9 +14,18 @@ class UNetRole(ours.UNetRole):
 
     def load(self) -> None:
         layout = SimpleNamespace(in_channels=4, context_dim=2048, adm_channels=2816)
-        self.unet = SimpleNamespace(layout=layout, forward=_forward, input_blocks=(), output_blocks=())
+        self.unet = SimpleNamespace(
+            layout=layout, forward=_forward, control_shapes=_control_shapes, input_blocks=(), output_blocks=()
+        )
         self.step_cache = StepCache(self.unet, capacity=0, ttl=1)
         self.take_loras(nn.Linear(1, 1), unet_targets({}))
+
+
+def _control_shapes(height, width):
+    """SDXL's."""
+    levels = [(320, 1)] * 3 + [(320, 2)] + [(640, 2)] * 2 + [(640, 4)] + [(1280, 4)] * 2
+    inputs = [(channels, height // scale, width // scale) for channels, scale in levels]
+    return {"input": inputs, "middle": inputs[-1:], "output": inputs[::-1]}
 
 
 def _forward(x, *_others):

@@ -72,6 +72,7 @@ class Engine:
         self._faults = Faults(self.residency, end)
         self.scheduler = Scheduler(self._faults, self._ran)
         self.transport = Transport()
+        self._beside = not cuda and torch.get_num_threads() == 1
         self._models: dict[str, Model] = {}
         self._leaving: list[Model] = []
         self._lock = threading.Lock()
@@ -271,8 +272,8 @@ class Engine:
         return failure
 
     def _compute(self, role: Role, function: Callable[[], Any]) -> Any:
-        """What `function` returns: on a GPU when nobody's request waits for it, on a CPU beside them, as its cores can
-        do two things at a time."""
+        """What `function` returns, when nobody's request waits for it; at once and beside them on a CPU of which they
+        leave cores free."""
 
         def ready() -> None:
             self._faults.ready(role)
@@ -282,7 +283,7 @@ class Engine:
             return self._faults.run(role, function)
 
         client = f"{role.name}, queue"
-        if self.device.type == "cuda":
+        if not self._beside:
             return self.scheduler.compute(on_device, client)
         with role.weights.kept, torch.inference_mode():
             self.scheduler.compute(ready, client)
