@@ -13,8 +13,8 @@ def keep_freed_memory() -> None:
 
     By itself it maps large tensors one by one and gives each back to the system when it is freed, so that every step of
     a sampler has its activations' pages cleared and mapped anew: 20 to 30 % of a forward on a CPU. Threads other than
-    the first would get arenas of their own, of 64 MB pieces, where this does not hold. Other systems' allocators are left
-    alone.
+    the first would get arenas of their own, of 64 MB pieces, where this does not hold. Other systems' allocators are
+    left alone.
     """
     if sys.platform != "linux":
         return
