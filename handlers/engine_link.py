@@ -4,6 +4,7 @@ relay lives."""
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ CODE = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0
 _STATUS_SECONDS = 5.0
 _POLL = 0.02
+_PACKAGES = ("luna_protocol", "luna_pictures", "engine", "handlers")
 _AGAIN_SECONDS = 5.0
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR", "TEMP")
 _DEATHS = 3
@@ -142,17 +144,21 @@ def _record(folder: Path, key: str) -> EngineRecord:
     Raises:
         Broken: it did not start.
     """
-    name = f"{key}-{_digest()}"
+    code = _code_digest()
+    name = f"{key}-{_digest(code)}"
     path, output = folder / f"{name}.json", folder.parent / "logs" / f"engine-{key}.log"
-    with FileLock(folder / f"{name}.lock", mode=0o600):
+    with FileLock(folder / f"{key}.lock", mode=0o600):
         if record := EngineRecord.read(path):
             return record
+        for left in folder.glob("*.json"):
+            if EngineRecord.read(left) is None:
+                left.unlink(missing_ok=True)
         make_private_folder(output.parent)
         with open(output, "ab", opener=private) as log_file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "engine.process", key, str(path)],
                 cwd=folder,
-                env=os.environ | {"PYTHONPATH": str(CODE)},
+                env=os.environ | {"PYTHONPATH": str(copied_code(folder.parent / "code" / code))},
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
@@ -168,15 +174,30 @@ def _record(folder: Path, key: str) -> EngineRecord:
         return record
 
 
-def _digest() -> str:
-    """Of our code and what it reads from the environment: engines of others are left to others."""
+def copied_code(folder: Path) -> Path:
+    """`folder` with our code in it: that of an archive goes with its model, and the engine stays."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(partial, ignore_errors=True)
+        make_private_folder(partial)
+        for package in _PACKAGES:
+            shutil.copytree(CODE / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))
+        partial.rename(folder)
+    return folder
+
+
+def _code_digest() -> str:
     digest = hashlib.blake2b(digest_size=6)
-    ours = {name: value for name, value in os.environ.items() if name.startswith("LUNA_") or name in _VARIABLES}
-    digest.update(repr(sorted(ours.items())).encode())
-    for package in ("luna_protocol", "luna_pictures", "engine", "handlers"):
+    for package in _PACKAGES:
         for file in sorted((CODE / package).rglob("*.py")):
             digest.update(file.relative_to(CODE).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def _digest(code: str) -> str:
+    """Of our code and what it reads from the environment: engines of others are left to others."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith("LUNA_") or name in _VARIABLES}
+    return hashlib.blake2b(f"{code} {sorted(ours.items())}".encode(), digest_size=6).hexdigest()
 
 
 def served(run: Path) -> dict[str, list[Worker]]:

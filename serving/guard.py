@@ -25,7 +25,12 @@ def end(process: psutil.Popen) -> None:
     descendants = process.children(recursive=True) if process.is_running() else []
     with suppress(psutil.NoSuchProcess):
         process.terminate()
-    psutil.wait_procs([process, *descendants], timeout=GRACE_SECONDS)
+    psutil.wait_procs([process], timeout=GRACE_SECONDS)
+    # Not before it has gone, or it would start its workers again. Engines would wait for others to hold their models.
+    for descendant in descendants:
+        with suppress(psutil.NoSuchProcess):
+            descendant.terminate()
+    psutil.wait_procs(descendants, timeout=GRACE_SECONDS)
     if os.name == "posix":
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -121,8 +121,8 @@ def test_other_users_can_read_nothing_of_spool_and_run_folder(server, vae, home)
     found = {path.relative_to(home).as_posix(): stat.filemode(path.stat().st_mode) for path in paths}
     assert {"spool/jobs.sqlite3-wal", "spool/pictures.sqlite3", "run/key_file.json", "run/logs/ts_log.log"} <= {*found}
     assert any(name.startswith("run/engines/") for name in found)
-    # Kernels that torch compiled hold nothing of a request.
-    of_people = {name: mode for name, mode in found.items() if not name.startswith("run/compiled")}
+    # Kernels that torch compiled, and our own code, hold nothing of a request.
+    of_people = {name: mode for name, mode in found.items() if not name.startswith(("run/compiled", "run/code"))}
     readable = {name: mode for name, mode in of_people.items() if mode not in ("drwx------", "-rw-------")}
     assert not readable
 
