@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from handlers.engine_link import PACKAGES
 from luna_client.server import Server
 from serving.archives import pack_repository
 from serving.torchserve import ROOT, Ports, TorchServe
@@ -77,8 +78,7 @@ def pack_handler(
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": manifest, "runtime": "python"}))
         archive.writestr("model-config.yaml", yaml.safe_dump(config))
         archive.write(handler, handler.name)
-        packages = ("luna_protocol", "luna_pictures", "engine", "handlers")
-        files = {file.relative_to(ROOT).as_posix(): file for name in packages for file in (ROOT / name).rglob("*.py")}
+        files = {file.relative_to(ROOT).as_posix(): file for name in PACKAGES for file in (ROOT / name).rglob("*.py")}
         for name, file in (files | dict(swapped or {})).items():
             archive.write(file, name)
     return model

@@ -107,7 +107,7 @@ class _Traveller:
 
 
 class StepCache:
-    """The states of one UNet's sampling runs. Not thread-safe, as a worker's handler is not called twice at once.
+    """The states of one UNet's sampling runs. Not thread-safe, as the compute thread alone calls it.
 
     Args:
         unet: what it runs.

@@ -9,8 +9,8 @@ from luna_protocol.errors import Malformed
 
 
 class TensorCache:
-    """A least-recently-used store of at most `capacity` bytes; not thread-safe, as a worker's handler is not called
-    twice at once."""
+    """A least-recently-used store of at most `capacity` bytes; not thread-safe, as the compute thread alone
+    calls it."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity

@@ -28,7 +28,8 @@ CODE = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0
 _STATUS_SECONDS = 5.0
 _POLL = 0.02
-_PACKAGES = ("luna_protocol", "luna_pictures", "engine", "handlers")
+# What an archive carries, and an engine runs.
+PACKAGES = ("luna_protocol", "luna_pictures", "engine", "handlers")
 _AGAIN_SECONDS = 5.0
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR", "TEMP")
 _DEATHS = 3
@@ -180,7 +181,7 @@ def copied_code(folder: Path) -> Path:
         partial = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
         make_private_folder(partial)
-        for package in _PACKAGES:
+        for package in PACKAGES:
             shutil.copytree(CODE / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))
         partial.rename(folder)
     return folder
@@ -188,7 +189,7 @@ def copied_code(folder: Path) -> Path:
 
 def _code_digest() -> str:
     digest = hashlib.blake2b(digest_size=6)
-    for package in _PACKAGES:
+    for package in PACKAGES:
         for file in sorted((CODE / package).rglob("*.py")):
             digest.update(file.relative_to(CODE).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -69,7 +69,7 @@ class Segment:
 class Attachments:
     """Segments of others, kept mapped: the same one comes back with a sampler's every step.
 
-    Not thread-safe, as a worker's handler is not called twice at once.
+    Not thread-safe: whoever shares it among threads takes a lock.
     """
 
     def __init__(self):

@@ -22,6 +22,7 @@ from engine.checkpoints import detect, read_header
 from engine.layouts import some_of
 from engine.roots import Roots
 from engine.settings import settings_of
+from handlers.engine_link import PACKAGES
 from luna_protocol.errors import Impossible, Internal, LunaError, Malformed
 from luna_protocol.model_names import FIRST_VERSION, archive_name, checkpoint_of, with_version, without_first
 from serving.names import hashed_name, model_name
@@ -222,7 +223,7 @@ def _packed(store: Path, model: str, role: str, config: dict, version: str) -> A
     with tempfile.TemporaryDirectory(prefix="lunaserve-pack-") as folder:
         temporary = Path(folder)
         code = temporary / "code"
-        for package in ("luna_protocol", "luna_pictures", "engine", "handlers"):
+        for package in PACKAGES:
             shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
         config_file = temporary / "model-config.yaml"
         config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
