@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoints import weights_size
+from engine.comfyui.installation import Installation
 from engine.faults import Faults
 from engine.memory_budget import Budgets
 from engine.replacements import is_replaced
@@ -21,7 +21,6 @@ from engine.residency import Residency
 from engine.role import Item, Reply, Role, Surroundings
 from engine.roles import role_class
 from engine.scheduler import Call, Scheduler
-from engine.served_file import ServedFile
 from engine.settings import settings_of
 from engine.telemetry import Telemetry
 from engine.transport import Transport, encoded
@@ -62,12 +61,16 @@ class Engine:
     def __init__(self, key: str, end: Callable[[int], Any] = os._exit):
         cuda = key != "cpu" and torch.cuda.is_available()
         self.key = key
-        self.device = torch.device(f"cuda:{key}") if cuda else torch.device("cpu")
+        installation = Installation.from_environment()
+        # ComfyUI computes on the first GPU that it sees, and is shown no other (see handlers/engine_link.py).
+        number = "0" if installation else key
+        self.device = torch.device(f"cuda:{number}") if cuda else torch.device("cpu")
         memory = None
         if cuda:
             # Before anything else of CUDA: its context would lie on GPU 0.
             torch.cuda.set_device(self.device)
             memory = torch.cuda.get_device_properties(self.device).total_memory
+        self.comfyui = installation.begin(on_cpu=not cuda) if installation else None
         self.residency = Residency(self.device, key, Budgets.from_environment().of(key, memory))
         self._faults = Faults(self.residency, end)
         self.scheduler = Scheduler(self._faults, self._ran)
@@ -105,6 +108,7 @@ class Engine:
                     device=str(self.device),
                     assigned_gpu=None if self.key == "cpu" else int(self.key),
                     budget_bytes=self.residency.budget,
+                    comfyui=self.comfyui,
                 )
                 model = self._models[name] = Model(name, worker, Telemetry(self.device), seconds)
             model.holders.append(holder)
@@ -247,17 +251,15 @@ class Engine:
         try:
             settings = settings_of(handler)
             model.run = settings.roots.run
-            role = role_class(settings.role)(model.name, settings, self.device)
+            role = role_class(settings.role, self.comfyui is not None)(model.name, settings, self.device)
             role.around = Surroundings(
                 self.scheduler.between_blocks, lambda function: self._compute(role, function), model.telemetry.observe
             )
-            model.worker.dtype = str(role.dtype)[6:]
-            path = settings.checkpoint_path()
-            role.file = ServedFile(path, settings.family)
-            needed = weights_size(path, settings.role, role.dtype.itemsize)
+            needed = role.expected_bytes()
             model.worker.weights_bytes = needed
             self.scheduler.compute(lambda: self.residency.reserve(model.name, needed), "engine")
             role.load()
+            model.worker.dtype = str(role.dtype)[6:]
             self.scheduler.compute(lambda: self._start(role), "engine")
             model.worker.weights_bytes = role.weights.nbytes
             role.open()

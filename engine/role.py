@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from engine.checkpoints import weights_size
 from engine.lora.overlays import Stack
 from engine.served_file import ServedFile
 from engine.settings import HandlerSettings
@@ -96,6 +97,16 @@ class Role:
         self.around = Surroundings()
         self.tensors = TensorCache(settings.tensor_cache_mb << 20)
         self.weights = Weights()
+
+    def expected_bytes(self) -> int:
+        """How many bytes the weights will take of the device, from the header of the file, which becomes `file`.
+
+        Raises:
+            LunaError: the file cannot be served.
+        """
+        path = self.settings.checkpoint_path()
+        self.file = ServedFile(path, self.settings.family)
+        return weights_size(path, self.settings.role, self.dtype.itemsize)
 
     def load(self) -> None:
         """Loads what the role serves, and names its weights in `self.weights`. Any thread may call it."""

@@ -14,8 +14,10 @@ class HandlerSettings(BaseModel):
     """Settings that every role has.
 
     home is where the folders of `Roots` lie unless the environment says otherwise; checkpoint is a path relative to
-    one of checkpoint_roots, which come before those of `Roots`: it stays the file that was packed; dtype "auto" follows
-    `weights.compute_dtype`. Requests run together up to batch_positions rows x height x width of latents; one that is
+    one of checkpoint_roots, which come before those of `Roots`: it stays the file that was packed; further are more
+    files of the same kind, where text encoders come in several, and clip_type is ComfyUI's name of their kind; family
+    is None for those that only a ComfyUI can serve; dtype "auto" follows `weights.compute_dtype`, or is ComfyUI's
+    choice. Requests run together up to batch_positions rows x height x width of latents; one that is
     larger runs alone.
     """
 
@@ -25,8 +27,10 @@ class HandlerSettings(BaseModel):
     home: Path
     family: Literal["sd15", "sdxl"] | None = None
     checkpoint: str | None = None
+    further: list[str] = Field(default=[], max_length=3)
+    clip_type: str | None = None
     checkpoint_roots: list[Path] = []
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"] = "auto"
     tensor_cache_mb: int = Field(default=512, ge=1)
     batch_positions: int = Field(default=131072, ge=1)
 

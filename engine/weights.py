@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from engine.checkpoints import Part
 from engine.layouts import some_of
 from luna_protocol.alignment import aligned, is_aligned
-from luna_protocol.errors import Malformed
+from luna_protocol.errors import Broken, Malformed
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,10 @@ def compute_dtype(role: str, wanted: str, device: torch.device) -> torch.dtype:
     """The dtype to compute in: `wanted`, or for "auto" what ComfyUI chooses: fp32 on a CPU and for text encoders
     everywhere (their sums are small and the pictures follow them closely), fp16 for a UNet on a GPU, bf16 for a VAE
     there (SDXL's overflows in fp16)."""
-    if wanted != "auto":
+    if wanted in DTYPES:
         return DTYPES[wanted]
+    if wanted != "auto":
+        raise Broken(f"weights in {wanted} need a ComfyUI", "give one with serve.py --comfyui, or pack another dtype")
     if device.type == "cpu" or role == "clip":
         return torch.float32
     return torch.float16 if role == "unet" else torch.bfloat16

@@ -6,7 +6,16 @@ floating dtype may be sent; the worker computes in its own and answers in the dt
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from luna_protocol import PROTOCOL_VERSION
 from luna_protocol.errors import Impossible, Malformed, VersionMismatch
@@ -209,6 +218,46 @@ class ClipOutput(Message):
     unmerged: bool = False
 
 
+class ModelCall(Patched):
+    """A call of a method of the model's own class, on a server that runs the code of the user's ComfyUI.
+
+    Tensors: those that the trees name (see `luna_protocol.tree`).
+
+    method: of a diffusion model `_forward`, `forward` or `preprocess_...`, as its class has them; of text encoders
+        `encode_token_weights` or `generate`; of a VAE `encode`, `decode`, `encode_tiled` or `decode_tiled`.
+    arguments: a tree {"args": [..], "kwargs": {..}}.
+    attributes: trees of plain values that stand in for attributes of the diffusion model during this call, by dotted
+        name.
+    clip_options: trees for the encoders' `set_clip_options`, in their order.
+
+    A LoRA of the client's own that is named by `content` travels as ComfyUI's parsed patches: a uint8 tensor
+    "lora.<content>.rows" with their JSON, and the tensors that it names as "lora.<content>.<name>".
+    """
+
+    kind: Literal["model_call"] = "model_call"
+    method: Name
+    arguments: JsonValue
+    attributes: dict[Name, JsonValue] = Field(default_factory=dict, max_length=64)
+    clip_options: list[JsonValue] = Field(default_factory=list, max_length=64)
+    step_cache: StepCache | None = None
+
+
+class Describe(Request):
+    """Asks a loaded model for what a client has to know to stand in for it; the reply is a `TreeOutput`."""
+
+    kind: Literal["describe"] = "describe"
+
+
+class TreeOutput(Message):
+    """A tree and its tensors. lora and step_cache: as in `UNetOutput`."""
+
+    kind: Literal["tree_output"] = "tree_output"
+    tree: JsonValue
+    lora: list[LoraReport] = []
+    unmerged: bool = False
+    step_cache: StepCacheReport | None = None
+
+
 class Tiling(Message):
     """Work tile by tile, blended over `overlap`; both in pixels."""
 
@@ -261,8 +310,8 @@ class Worker(Message):
     state: loading, ready, or failed (then `reason` says why). weights_bytes: what it holds, or will; budget_bytes: what
     all weights and caches may take of the device, None for no bound; resident: whether its weights are there now, or
     come when they are wanted. relays: TorchServe's workers that share it. door: where clients of this machine can reach
-    it without TorchServe. busy: it computes or has requests waiting; last_used: when it last began or ended to, in
-    seconds since 1970.
+    it without TorchServe. comfyui: the version of the ComfyUI whose code it runs, None for our own backend. busy: it
+    computes or has requests waiting; last_used: when it last began or ended to, in seconds since 1970.
     """
 
     pid: int
@@ -275,6 +324,7 @@ class Worker(Message):
     resident: bool = True
     relays: int = 1
     door: str | None = None
+    comfyui: str | None = None
     requests: int = 0
     busy: bool = False
     last_used: float = 0
@@ -285,6 +335,8 @@ class ServedModel(Message):
     """An archive of the store, and its live workers: none when it is not loaded.
 
     name: NAME, or NAME/VERSION where the store has several versions.
+    further: the files after the first of text encoders that come in several, whose `clip_type` is ComfyUI's name of
+    their kind ("flux", "sd3", ...); dtype as it was packed.
     fingerprint changes whenever the checkpoint's file does; None where the file is missing. replacing: see
     `ReplaceModel`.
     """
@@ -293,6 +345,9 @@ class ServedModel(Message):
     role: Literal["unet", "clip", "vae", "repository"]
     family: str | None = None
     checkpoint: str | None = None
+    further: list[str] = []
+    clip_type: str | None = None
+    dtype: str = "auto"
     fingerprint: ContentHash | None = None
     replacing: bool = False
     workers: list[Worker] = []

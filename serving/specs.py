@@ -11,7 +11,7 @@ from engine.settings import SETTINGS
 
 FOLDER = Path(__file__).resolve().parent.parent / "archive_specs"
 # What add_checkpoint.py knows and a spec therefore does not say.
-_OF_ARCHIVE = ("role", "home", "family", "checkpoint", "checkpoint_roots")
+_OF_ARCHIVE = ("role", "home", "family", "checkpoint", "further", "clip_type", "checkpoint_roots")
 
 
 class SpecError(ValueError):
